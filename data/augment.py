@@ -1,0 +1,46 @@
+"""Augmentation and normalisation of whole batches on the device that holds the images."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data.datasets import Normalization
+
+CROP_PADDING = 4
+
+
+def random_crop_flip(images: Tensor, generator: torch.Generator, padding: int = CROP_PADDING) -> Tensor:
+    """Zero-pad, crop back to the old size at a random place, and flip left-right with probability 0.5.
+
+    The same as torchvision's ``RandomCrop(size, padding)`` and ``RandomHorizontalFlip()``, for each image of a batch.
+
+    Args:
+        images: the batch.
+        generator: source of the offsets and flips, on the images' device.
+        padding: pixels of zeros on each side.
+
+    Shape:
+        uint8 (B, H, W, C) -> uint8 (B, H, W, C).
+    """
+    count, height, width, channels = images.shape
+    device = images.device
+    top, left = torch.randint(2 * padding + 1, (2, count, 1), generator=generator, device=device)  # (B, 1) each
+    flip = torch.rand(count, 1, generator=generator, device=device) < 0.5
+    columns = torch.arange(width, device=device).expand(count, -1)
+    columns = left + torch.where(flip, width - 1 - columns, columns)  # (B, W)
+    rows = top + torch.arange(height, device=device)  # (B, H)
+    padded = F.pad(images, (0, 0, padding, padding, padding, padding))
+    base = torch.arange(count, device=device)[:, None, None] * padded.shape[1]
+    flat = (base + rows[:, :, None]) * padded.shape[2] + columns[:, None, :]  # (B, H, W)
+    return padded.reshape(-1, channels)[flat.reshape(-1)].reshape(images.shape)
+
+
+def normalize(images: Tensor, normalization: Normalization) -> Tensor:
+    """Scale to 0..1, subtract the mean and divide by the standard deviation.
+
+    Shape:
+        uint8 (B, H, W, C) -> float32 (B, C, H, W) in channels-last memory format.
+    """
+    mean = torch.tensor(normalization.mean, device=images.device) * 255
+    std = torch.tensor(normalization.std, device=images.device) * 255
+    return ((images.float() - mean) / std).permute(0, 3, 1, 2)

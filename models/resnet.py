@@ -1,0 +1,108 @@
+"""ResNets for 32x32 images (He et al., CVPR 2016, section 4.2 input size with the ImageNet stage layout).
+
+3x3 stem, no max-pool, four stages, average pool over the last 4x4 map. Parameter names are those of the
+ANP release, so its checkpoints load unchanged.
+"""
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.width import widen
+
+
+def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
+    if stride == 1 and in_channels == out_channels:
+        return nn.Sequential()
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, 1, stride, bias=False),
+        nn.BatchNorm2d(out_channels),
+    )
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut."""
+
+    expansion = 1
+
+    def __init__(self, in_channels: int, channels: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.shortcut = _shortcut(in_channels, channels, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        out = self.bn2(self.conv2(out))
+        return F.relu(out + self.shortcut(x), inplace=True)
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolution and a shortcut; the output is four times as wide."""
+
+    expansion = 4
+
+    def __init__(self, in_channels: int, channels: int, stride: int):
+        super().__init__()
+        out_channels = self.expansion * channels
+        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(out_channels)
+        self.shortcut = _shortcut(in_channels, out_channels, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        out = F.relu(self.bn2(self.conv2(out)), inplace=True)
+        out = self.bn3(self.conv3(out))
+        return F.relu(out + self.shortcut(x), inplace=True)
+
+
+class ResNet(nn.Module):
+    """Four stages of residual blocks.
+
+    Shape:
+        float (B, 3, 32, 32), normalised -> float logits (B, num_classes).
+    """
+
+    def __init__(self, block: type[nn.Module], depths: list[int], num_classes: int, widen_factor: float):
+        super().__init__()
+        widths = [widen(width, widen_factor) for width in (64, 128, 256, 512)]
+        self.conv1 = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        in_channels = widths[0]
+        for number, (depth, width) in enumerate(zip(depths, widths, strict=True), start=1):
+            blocks = []
+            for index in range(depth):
+                stride = 2 if index == 0 and number > 1 else 1
+                blocks.append(block(in_channels, width, stride))
+                in_channels = block.expansion * width
+            setattr(self, f"layer{number}", nn.Sequential(*blocks))
+        self.linear = nn.Linear(in_channels, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)  # (B, C, 32, 32)
+        out = self.layer2(self.layer1(out))  # (B, 2C, 16, 16)
+        out = self.layer4(self.layer3(out))  # (B, 8C, 4, 4)
+        return self.linear(F.avg_pool2d(out, 4).flatten(1))
+
+
+def _builder(name: str, block: type[nn.Module], depths: list[int]) -> Callable[..., ResNet]:
+    def build(num_classes: int = 10, widen_factor: float = 1.0) -> ResNet:
+        return ResNet(block, depths, num_classes, widen_factor)
+
+    build.__name__ = name
+    build.__doc__ = f"Build {name} for 32x32 images; arguments as in ``models.build_model``."
+    return build
+
+
+resnet18 = _builder("resnet18", BasicBlock, [2, 2, 2, 2])
+resnet34 = _builder("resnet34", BasicBlock, [3, 4, 6, 3])
+resnet50 = _builder("resnet50", Bottleneck, [3, 4, 6, 3])
+resnet101 = _builder("resnet101", Bottleneck, [3, 4, 23, 3])
+resnet152 = _builder("resnet152", Bottleneck, [3, 8, 36, 3])

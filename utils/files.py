@@ -1,0 +1,97 @@
+"""Files that appear whole or not at all, and files from strangers that are read without running them."""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import re
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data.errors import InputError
+
+# All that NumPy's pickles need to rebuild plain arrays, under the module names of NumPy 1 and NumPy 2.
+_NUMPY_GLOBALS = [
+    (getattr(np._core.multiarray, name), f"{package}.multiarray.{name}")
+    for name in ("_reconstruct", "scalar")
+    for package in ("numpy.core", "numpy._core")
+] + [np.ndarray, np.dtype, *{type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}]
+
+
+def sha256_of(path: str | Path) -> str:
+    """Return the sha256 of a file as hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write a file so that at any moment the old or the new content is there, never a part.
+
+    Raises:
+        OSError: the folder cannot be written or the disk is full; the old file is then untouched.
+    """
+    path = Path(path)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a UTF-8 text file whole or not at all; raises as ``write_bytes``."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write indented JSON whole or not at all; raises as ``write_bytes``."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def save_torch(path: str | Path, content: Any) -> None:
+    """``torch.save`` whole or not at all; the same content gives the same bytes whatever the file's name.
+
+    Raises:
+        OSError: as ``write_bytes``.
+    """
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_bytes(path, buffer.getvalue())
+
+
+def load_torch(path: str | Path) -> Any:
+    """Read a ``torch.save`` file to the CPU without running anything in it.
+
+    Only tensors, plain containers and NumPy's numeric arrays are accepted.
+
+    Raises:
+        InputError: the file is missing or damaged, or asks for any other global; the message names it.
+    """
+    try:
+        with torch.serialization.safe_globals(_NUMPY_GLOBALS):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file") from error
+    except pickle.UnpicklingError as error:
+        forbidden = re.search(r"GLOBAL (\S+)", str(error))
+        if forbidden:
+            message = f"{path}: refused, it asks to run {forbidden[1]}; only tensors and numeric arrays are read"
+        else:
+            message = f"{path}: refused, not a plain torch.save file of tensors and numeric arrays"
+        raise InputError(message) from error
+    except (OSError, RuntimeError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError,
+            AssertionError, UnicodeDecodeError, zipfile.BadZipFile) as error:  # fmt: skip
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path}: cannot be read as a torch.save file ({reason[:200]})") from error

@@ -1,0 +1,93 @@
+"""The pictures that lie next to the text files."""
+
+import io
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from defenses.pruning import Neuron
+from utils.files import write_bytes
+
+CLEAN, TRIGGERED, DEFENDER = "tab:blue", "tab:red", "tab:green"
+
+
+def _save(figure: Figure, path: Path) -> None:
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"savefig.dpi": 110}):
+        figure.savefig(buffer, format="png", bbox_inches="tight", metadata={"Software": None})
+    write_bytes(path, buffer.getvalue())
+
+
+def plot_training(path: Path, rows: list[dict]) -> None:
+    """Draw training accuracy, C-Acc and ASR against the epoch."""
+    axes = Figure(figsize=(5.5, 3.5)).subplots()
+    epochs = [row["epoch"] for row in rows]
+    axes.plot(epochs, [row["train acc %"] for row in rows], color="gray", label="training accuracy (poisoned set)")
+    axes.plot(epochs, [row["C-Acc %"] for row in rows], color=CLEAN, label="C-Acc")
+    if rows and rows[0]["ASR %"] is not None:
+        axes.plot(epochs, [row["ASR %"] for row in rows], color=TRIGGERED, label="ASR")
+    axes.set(xlabel="epoch", ylabel="percent", ylim=(-2, 102))
+    axes.legend()
+    _save(axes.figure, path)
+
+
+def plot_images(path: Path, clean: Tensor, triggered: Tensor) -> None:
+    """Draw a row of clean images, the same with the trigger, and the difference, stretched to full range.
+
+    Shape:
+        clean, triggered: uint8 (B, H, W, 3).
+    """
+    difference = (triggered.int() - clean.int()).abs()
+    factor = 255 // max(int(difference.max()), 1)
+    parts = (("clean", clean), ("triggered", triggered), (f"difference x{factor}", difference * factor))
+    grid = Figure(figsize=(1.1 * len(clean), 3.6)).subplots(len(parts), len(clean), squeeze=False)
+    for row, (title, images) in zip(grid, parts, strict=True):
+        for axes, image in zip(row, images, strict=True):
+            axes.imshow(image.cpu().numpy().astype(np.uint8))
+            axes.set(xticks=[], yticks=[])
+        row[0].set_ylabel(title)
+    _save(grid[0, 0].figure, path)
+
+
+def plot_masks(path: Path, neurons: list[Neuron]) -> None:
+    """Draw every neuron's mask by layer, and how many neurons lie below each value."""
+    figure = Figure(figsize=(9, 3.8))
+    by_layer, total = figure.subplots(1, 2, width_ratios=(2.5, 1))
+    layers = list(dict.fromkeys(neuron.layer for neuron in neurons))
+    places = {layer: number for number, layer in enumerate(layers)}
+    jitter = np.random.default_rng(0).uniform(-0.35, 0.35, len(neurons))
+    values = np.array([neuron.mask for neuron in neurons])
+    by_layer.scatter([places[n.layer] for n in neurons] + jitter, values, s=3, alpha=0.4, linewidths=0)
+    by_layer.set_xticks(range(len(layers)), layers, rotation=90, fontsize=6 if len(layers) < 40 else 3)
+    by_layer.set(ylabel="mask", ylim=(-0.03, 1.03), title="mask of each neuron by layer")
+    total.plot(np.sort(values), 100 * np.arange(1, len(values) + 1) / len(values))
+    total.set(xlabel="mask", ylabel="% of neurons at or below", xlim=(-0.03, 1.03), title="all neurons")
+    _save(figure, path)
+
+
+def plot_sweep(path: Path, rows: list[dict], by: str, chosen: dict) -> None:
+    """Draw C-Acc and ASR against the threshold and against the share of neurons pruned (the published figure).
+
+    Args:
+        path: the PNG file.
+        rows: the sweep's rows, the untouched network first.
+        by: ``threshold`` or ``number``; what the left picture's axis counts.
+        chosen: the operating point's row.
+    """
+    figure = Figure(figsize=(9.5, 3.6))
+    by_value, by_share = figure.subplots(1, 2, sharey=True)
+    for axes, key, label in ((by_value, "mask", "threshold" if by == "threshold" else "mask of the last neuron pruned"),
+                             (by_share, "pruned %", "% of neurons pruned")):  # fmt: skip
+        shown = [row for row in rows if row[key] is not None]
+        for name, colour in (("C-Acc %", CLEAN), ("ASR %", TRIGGERED), ("defender acc %", DEFENDER)):
+            if shown and shown[0][name] is not None:
+                axes.plot([r[key] for r in shown], [r[name] for r in shown], ".-", color=colour, label=name[:-2])
+        if chosen[key] is not None:
+            axes.axvline(chosen[key], color="gray", linestyle=":", label="chosen")
+        axes.set(xlabel=label, ylim=(-2, 102))
+    by_value.set_ylabel("percent")
+    by_value.legend()
+    _save(figure, path)

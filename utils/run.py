@@ -1,0 +1,200 @@
+"""One run of one step in one output folder: lock, log, resume state, clock, progress and signals."""
+
+import shlex
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+import torch
+import torchvision
+from tqdm import tqdm
+
+from data.errors import InputError
+from utils.files import load_torch, save_torch
+from utils.interrupt import Interrupted, Signals
+from utils.tables import Table, read_table
+
+EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 130
+SAVE_SECONDS = 60.0  # a killed run loses at most this much
+RESUME_OPTIONS = {"resume", "overwrite", "output_dir"}  # may differ between a run and its continuation
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    return {
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def command_line(script: str, argv: list[str] | None) -> str:
+    """Return the command as it can be pasted into a shell."""
+    return shlex.join(["python", script, *(sys.argv[1:] if argv is None else argv)])
+
+
+class Run:
+    """Context of one step: refuses a folder in use, continues an unfinished run, saves before it dies.
+
+    Args:
+        step: name of the step, the stem of its log and resume files.
+        arguments: the parsed command line, with ``output_dir`` and, where the step can, ``resume``.
+        command: the command as typed.
+
+    Raises:
+        InputError: another process uses the folder, an unfinished run is there and neither ``--resume`` nor
+            ``--overwrite`` was given, or its arguments were others.
+    """
+
+    def __init__(self, step: str, arguments: Namespace, command: str):
+        self.step, self.command = step, command
+        self.folder = Path(arguments.output_dir)
+        self.options = {k: v for k, v in sorted(vars(arguments).items()) if k not in RESUME_OPTIONS}
+        self.resuming = getattr(arguments, "resume", False)
+        self.overwriting = getattr(arguments, "overwrite", False)
+        self.snapshot: Callable[[], dict] | None = None
+        self.saved: dict | None = None
+        self._state_path = self.folder / f"{step}_resume.th"
+        self._log_path = self.folder / f"{step}_log.jsonl"
+        self._signals = Signals()
+        self._seconds_before = 0.0
+        self._bar: tqdm | None = None
+
+    def __enter__(self) -> "Run":
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = filelock.FileLock(self.folder / ".lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except filelock.Timeout as error:
+            raise InputError(f"{self.folder}: another process works in this folder; wait for it or choose another "
+                             "--output-dir") from error  # fmt: skip
+        self._signals.install()
+        self._find_saved()
+        self._started = self._last_save = time.monotonic()
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        try:
+            if kind is Interrupted and self.snapshot is not None:
+                with self._signals.deferred():
+                    self.save()
+                error.args = (f"continue with --resume ({self._state_path})",)
+        finally:
+            self._signals.restore()
+            self._lock.release()
+
+    def _find_saved(self) -> None:
+        if not self._state_path.exists():
+            return
+        if self.overwriting:
+            self._state_path.unlink()
+            return
+        if not self.resuming:
+            raise InputError(f"{self._state_path}: an unfinished run is here; add --resume to continue it or "
+                             "--overwrite to start again")  # fmt: skip
+        self.saved = load_torch(self._state_path)
+        before = self.saved["options"]
+        for name in before.keys() | self.options.keys():
+            if before.get(name) != self.options.get(name):
+                flag = "--" + name.replace("_", "-")
+                raise InputError(f"{flag} is {self.options.get(name)} but was {before.get(name)} in the run to resume; "
+                                 "use the same, or --overwrite to start again")  # fmt: skip
+        self._seconds_before = self.saved["seconds"]
+
+    @property
+    def finished_before(self) -> bool:
+        """Whether ``--resume`` was asked for a run that is already complete with the same arguments."""
+        if not self.resuming or self.saved is not None or not self._log_path.exists():
+            return False
+        record, _ = read_table(self._log_path)
+        return record["ended"] and record["arguments"] == self.options
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on this run, interruptions not counted."""
+        return self._seconds_before + time.monotonic() - self._started
+
+    def table(self, columns: dict[str, str]) -> Table:
+        """Open the log; a resumed run begins with the rows it had."""
+        record = {"step": self.step, "command": self.command, "arguments": self.options, "versions": versions(),
+                  "threads": torch.get_num_threads()}  # fmt: skip
+        self.log = Table(self._log_path, record, columns, self.saved["rows"] if self.saved else None)
+        return self.log
+
+    def track(self, steps: Iterable[Any], total: int, done: int, title: str, unit: str) -> Iterator[Any]:
+        """Pass steps through with a progress bar (on a terminal), saving now and then between them.
+
+        A signal waits for the end of the step it falls into. What the caller does with a step must not be part of
+        the state that is saved.
+        """
+        self._bar = tqdm(desc=title, total=total, initial=done, unit=unit, disable=None, leave=False, dynamic_ncols=True)
+        with closing(iter(steps)) as iterator:
+            while True:
+                with self._signals.deferred():
+                    step = next(iterator, None)
+                if step is None:
+                    break
+                self._bar.update()
+                yield step
+                if self.snapshot is not None and time.monotonic() - self._last_save > SAVE_SECONDS:
+                    self.save()
+        self._bar.close()
+
+    def save(self) -> None:
+        """Write the state from which ``--resume`` continues."""
+        self._last_save = time.monotonic()
+        state = {"options": self.options, "seconds": self.seconds, "rows": self.log.rows, **self.snapshot()}
+        save_torch(self._state_path, state)
+
+    def finish(self) -> None:
+        """Mark the run as complete; the resume state goes."""
+        self.log.write(ended=True)
+        self._state_path.unlink(missing_ok=True)
+        self.snapshot = None
+
+
+def announce(message: str) -> None:
+    """Print one line for the reader, beside any progress bar."""
+    tqdm.write(message)
+    sys.stdout.flush()
+
+
+
+def run_script(work: Callable[[Run], None], step: str, arguments: Namespace, command: str) -> int:
+    """Carry out a step in its output folder and turn a user's mistake into one line on stderr.
+
+    Args:
+        work: the step; called with the run.
+        step, arguments, command: as for ``Run``.
+
+    Returns:
+        The exit status: 0, 1 for bad input or a full disk, 130 if interrupted.
+    """
+    try:
+        with Run(step, arguments, command) as run:
+            if run.finished_before:
+                announce(f"{run.folder}: this run is complete; nothing to resume")
+                return 0
+            work(run)
+            run.finish()
+    except InputError as error:
+        return _fail(step, f"error: {error}", EXIT_BAD_INPUT)
+    except OSError as error:
+        return _fail(step, f"error: {error.filename or 'output'}: {error.strerror or error}", EXIT_BAD_INPUT)
+    except (Interrupted, KeyboardInterrupt) as interruption:
+        return _fail(step, f"interrupted; {str(interruption) or 'run the command again'}", EXIT_INTERRUPTED)
+    return 0
+
+
+def _fail(step: str, message: str, status: int) -> int:
+    print(f"{step}: {message}", file=sys.stderr)
+    return status

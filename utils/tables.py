@@ -1,0 +1,58 @@
+"""One fixed-width table for people, and the same rows as JSON lines for programs."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from utils.files import write_text
+
+
+class Table:
+    """A table that prints its header once and every row as it comes, and keeps a JSON-lines file up to date.
+
+    Args:
+        path: the JSON-lines file; its first line is ``record``, then one object a row.
+        record: what produced the rows: command, arguments, versions.
+        columns: format of each column by name, e.g. ``{"epoch": "5d", "C-Acc %": "8.2f"}``.
+        rows: rows of an interrupted run, printed again.
+    """
+
+    def __init__(self, path: Path, record: dict, columns: dict[str, str], rows: list[dict] | None = None):
+        self.path, self.record, self.columns = path, record, columns
+        self.rows: list[dict] = []
+        self._widths = {
+            name: max(len(name), int("".join(c for c in form.split(".")[0] if c.isdigit()) or 0))
+            for name, form in columns.items()
+        }
+        tqdm.write("  ".join(name.rjust(width) for name, width in self._widths.items()))
+        for row in rows or []:
+            self._print(row)
+            self.rows.append(row)
+
+    def _print(self, row: dict[str, Any]) -> None:
+        cells = (self._cell(row[name], form).rjust(self._widths[name]) for name, form in self.columns.items())
+        tqdm.write("  ".join(cells))
+
+    @staticmethod
+    def _cell(value: Any, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Print a row and write the file anew."""
+        self.rows.append(row)
+        self._print(row)
+        self.write()
+
+    def write(self, ended: bool = False) -> None:
+        """Write the JSON-lines file; ``ended`` marks the run as complete."""
+        lines = [{"record": {**self.record, "ended": ended}}, *self.rows]
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def read_table(path: str | Path, parse: Callable[[str], Any] = json.loads) -> tuple[dict, list[dict]]:
+    """Read a JSON-lines file back: the record and the rows."""
+    first, *rows = (parse(line) for line in Path(path).read_text().splitlines())
+    return first["record"], rows

@@ -1,0 +1,68 @@
+"""``trigger_info.th``: how a trigger goes from the attacker's step to the evaluation of the others."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.errors import InputError
+from data.triggers import Trigger
+from utils.files import load_torch, save_torch
+
+KEYS = ("trigger_pattern", "trigger_mask", "trigger_alpha", "poison_target", "data_index")
+
+
+def save_trigger(path: str | Path, trigger: Trigger) -> None:
+    """Write a trigger as tensors; raises ``OSError`` where the file cannot be written."""
+    parts = (trigger.pattern, trigger.mask, float(trigger.alpha), trigger.target, trigger.data_index)
+    save_torch(path, dict(zip(KEYS, parts, strict=True)))
+
+
+def _tensor(content: dict, key: str, path: str | Path) -> Tensor:
+    value = content[key]
+    if isinstance(value, (list, tuple, int, float, np.generic)):
+        value = np.asarray(value)
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        value = torch.from_numpy(value.copy())
+    if not isinstance(value, Tensor):
+        raise InputError(f"{path}: {key} is no array of numbers")
+    if not torch.isfinite(value.double()).all():
+        raise InputError(f"{path}: {key} holds NaN or infinite values")
+    return value
+
+
+def _in_range(values: Tensor, low: float, high: float, key: str, path: str | Path) -> Tensor:
+    if values.numel() and not (low <= values.min() and values.max() <= high):
+        raise InputError(f"{path}: {key} reaches from {values.min()} to {values.max()}, expected {low} to {high}")
+    return values
+
+
+def load_trigger(path: str | Path, num_classes: int) -> Trigger:
+    """Read a trigger file, the ANP release's NumPy pickles included, without running anything in it.
+
+    Args:
+        path: the file.
+        num_classes: bound of the target class.
+
+    Raises:
+        InputError: the file is missing, damaged or hostile, an entry is missing, of the wrong shape or out of range.
+    """
+    content = load_torch(path)
+    if not isinstance(content, dict) or any(key not in content for key in KEYS[:4]):
+        raise InputError(f"{path}: not a trigger file; expected a dict with {', '.join(KEYS)}")
+    pattern, mask, alpha, target = (_tensor(content, key, path) for key in KEYS[:4])
+    index = content.get("data_index")
+    index = torch.zeros(0, dtype=torch.int64) if index is None else _tensor(content, "data_index", path).long()
+    if pattern.dim() != 4 or mask.dim() != 4 or pattern.shape[:3] != mask.shape[:3] or mask.shape[3] != 1:
+        raise InputError(f"{path}: trigger_pattern {tuple(pattern.shape)} and trigger_mask {tuple(mask.shape)}, "
+                         "expected (N, H, W, C) and (N, H, W, 1)")  # fmt: skip
+    if alpha.numel() != 1 or not target.numel():
+        raise InputError(f"{path}: expected one trigger_alpha and at least one poison_target")
+    return Trigger(
+        _in_range(pattern, 0, 255, "trigger_pattern", path).to(torch.uint8),
+        _in_range(mask.double(), 0, 1, "trigger_mask", path),
+        float(_in_range(alpha.double(), 0, 1, "trigger_alpha", path)),
+        _in_range(target.reshape(-1).long(), 0, num_classes - 1, "poison_target", path),
+        index.reshape(-1),
+    )
