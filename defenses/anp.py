@@ -7,6 +7,7 @@ Wu & Wang, *Adversarial Neuron Pruning Purifies Backdoored Deep Models*, NeurIPS
 w and b are the scales and shifts of the BatchNorms. m, d and x are vectors over all n neurons of the network.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -221,3 +222,17 @@ def optimize_masks(
     finally:
         _assign(list(noisy_layers(network).values()), state.mask.clone())
         network.eval()
+
+
+def apply_masks(network: nn.Module, noisy: nn.Module) -> nn.Module:
+    """Return a copy of a network whose BatchNorm scales are multiplied by learnt masks.
+
+    Args:
+        network: the network as it came.
+        noisy: its converted copy, with masks.
+    """
+    masked = copy.deepcopy(network)
+    with torch.no_grad():
+        for name, layer in noisy_layers(noisy).items():
+            masked.get_submodule(name).weight.mul_(layer.mask)
+    return masked

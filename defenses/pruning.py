@@ -89,6 +89,13 @@ def prune_neurons(network: nn.Module, neurons: Iterable[Neuron]) -> None:
             network.get_submodule(layer).weight[index] = 0
 
 
+def pruned_copy(network: nn.Module, neurons: Iterable[Neuron]) -> nn.Module:
+    """Return a copy of the network without these neurons; raises as ``prune_neurons``."""
+    pruned = copy.deepcopy(network)
+    prune_neurons(pruned, neurons)
+    return pruned
+
+
 def _steps(maximum: float, step: float) -> Iterator[Decimal]:
     """Yield 0, step, 2 * step, ... up to and including maximum, in exact decimals."""
     step, maximum = Decimal(str(step)), Decimal(str(maximum))
@@ -109,11 +116,13 @@ def threshold_points(neurons: list[Neuron], maximum: float, step: float) -> list
     Raises:
         ValueError: a number is out of range.
     """
-    points = []
-    for threshold in map(float, _steps(maximum, step)):
-        count = sum(neuron.mask <= threshold for neuron in neurons)
-        points.append(PruningPoint(count, neurons[count - 1] if count else None, threshold))
-    return points
+    return [threshold_point(neurons, threshold) for threshold in map(float, _steps(maximum, step))]
+
+
+def threshold_point(neurons: list[Neuron], threshold: float) -> PruningPoint:
+    """Return the point that prunes every neuron with mask <= threshold; ``neurons`` are sorted by mask."""
+    count = sum(neuron.mask <= threshold for neuron in neurons)
+    return PruningPoint(count, neurons[count - 1] if count else None, threshold)
 
 
 def number_points(neurons: list[Neuron], maximum: float, step: float) -> list[PruningPoint]:

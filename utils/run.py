@@ -5,7 +5,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +148,10 @@ class Run:
                 if self.snapshot is not None and time.monotonic() - self._last_save > SAVE_SECONDS:
                     self.save()
         self._bar.close()
+
+    def uninterrupted(self) -> AbstractContextManager:
+        """Hold a signal back until the block has ended."""
+        return self._signals.deferred()
 
     def save(self) -> None:
         """Write the state from which ``--resume`` continues."""

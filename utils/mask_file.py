@@ -1,0 +1,68 @@
+"""``mask_values.txt``: every neuron with its mask, in the text format that the release and three toolkits share."""
+
+from pathlib import Path
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from data.errors import InputError
+from defenses.pruning import Neuron
+from utils.files import write_text
+
+HEADER = ("No", "Layer Name", "Neuron Idx", "Mask Score")
+SEPARATOR = " \t "
+
+
+def write_masks(path: str | Path, neurons: list[Neuron]) -> None:
+    """Write neurons in state_dict order, masks with 4 decimals; raises ``OSError`` where that fails."""
+    rows = [HEADER, *((str(n), layer, str(index), f"{mask:.4f}") for n, (layer, index, mask) in enumerate(neurons))]
+    write_text(path, "".join(SEPARATOR.join(row) + " \n" for row in rows))
+
+
+def _parse(path: str | Path) -> list[Neuron]:
+    try:
+        lines = Path(path).read_text().splitlines()
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file; step 2 (optimize_mask_cifar.py) writes it") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from error
+    if not lines or tuple(word.strip() for word in lines[0].split("\t")) != HEADER:
+        raise InputError(f"{path}: not a mask file; the first line must be {SEPARATOR.join(HEADER)!r}")
+    neurons = []
+    for number, line in enumerate(lines[1:], start=2):
+        try:
+            _, layer, index, mask = (word.strip() for word in line.split("\t"))
+            neurons.append(Neuron(layer, int(index), float(mask)))
+        except ValueError as error:
+            raise InputError(f"{path}: line {number} is {line!r}, expected number, layer, channel and mask") from error
+        if not 0 <= neurons[-1].mask <= 1:
+            raise InputError(f"{path}: line {number}: mask {mask} is outside 0..1")
+    return neurons
+
+
+def read_masks(path: str | Path, network: nn.Module) -> list[Neuron]:
+    """Read a mask file and make sure that it names every neuron of the network once.
+
+    Args:
+        path: the file.
+        network: the network that is to be pruned.
+
+    Returns:
+        The neurons in file order.
+
+    Raises:
+        InputError: the file is missing or damaged, or was made for another network.
+    """
+    neurons = _parse(path)
+    found = {(neuron.layer, neuron.index) for neuron in neurons}
+    own = {
+        (name, index)
+        for name, layer in network.named_modules()
+        if isinstance(layer, _BatchNorm) and layer.affine
+        for index in range(layer.num_features)
+    }
+    if found != own or len(neurons) != len(own):
+        strange = sorted(found ^ own)[:1] or [("", "")]
+        raise InputError(f"{path}: {len(neurons)} neurons, but the network has {len(own)} (first difference: "
+                         f"{strange[0][0]} {strange[0][1]}); was it made for another architecture or width?")  # fmt: skip
+    return neurons

@@ -1,0 +1,122 @@
+"""The network that steps 2 and 3 repair, with all that its card or the flags say about it."""
+
+from argparse import Namespace
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data.datasets import Dataset, ImageSet, Normalization, load_dataset
+from data.errors import InputError
+from data.split import defender_index, load_permutation, permutation_digest
+from data.triggers import Trigger
+from models import build_model
+from utils.arguments import DEFAULT_ARCH, DEFAULT_DATASET, DEFAULT_WIDTH
+from utils.cards import read_card
+from utils.checkpoints import load_strictly, read_state_dict
+from utils.evaluation import Evaluator
+from utils.files import sha256_of
+from utils.run import announce
+from utils.runtime import Runtime
+from utils.trigger_file import load_trigger
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A loaded network, the defender's images, the evaluation, and the card of what is derived from it."""
+
+    network: nn.Module
+    normalization: Normalization
+    defender: ImageSet
+    evaluator: Evaluator
+    card: dict[str, Any]
+
+
+class _Settings:
+    """Flags and card in one: they must agree, and a default stands where neither speaks."""
+
+    def __init__(self, args: Namespace, card: dict[str, Any] | None):
+        self.args, self.card = args, card
+
+    def __call__(self, name: str, default: Any, card_value: Any = None) -> Any:
+        given = getattr(self.args, name)
+        known = self.card.get(name, card_value) if self.card else None
+        if given is not None and known is not None and given != known:
+            flag = "--" + name.replace("_", "-")
+            raise InputError(f"{flag} {given} contradicts the card of {self.args.checkpoint}, which says {known}; "
+                             "leave the flag out")  # fmt: skip
+        return next(value for value in (given, known, default) if value is not None)
+
+
+def _permutation(args: Namespace, card: dict[str, Any] | None, size: int) -> Tensor:
+    split = (card or {}).get("split", {})
+    permutation = load_permutation(args.split_file or split.get("file"), size)
+    if "sha256" in split and permutation_digest(permutation) != split["sha256"]:
+        raise InputError(f"--split-file {args.split_file or split.get('file') or '(none given)'}: not the split on which "
+                         f"{args.checkpoint} was trained; the defender's images would not be unseen")  # fmt: skip
+    return permutation
+
+
+def _normalization(settings: _Settings, dataset: Dataset) -> Normalization:
+    known = (settings.card or {}).get("normalization", {})
+    own = dataset.normalization
+    return Normalization(*(tuple(settings(name, getattr(own, name), known.get(name))) for name in ("mean", "std")))
+
+
+def load_subject(args: Namespace, runtime: Runtime) -> Subject:
+    """Load the network of steps 2 and 3 and everything it is judged on, and print what was found.
+
+    Args:
+        args: with the flags of ``add_network_arguments``.
+        runtime: where to run.
+
+    Raises:
+        InputError: a file is missing, damaged or hostile, does not fit, or contradicts a flag.
+    """
+    state_dict = read_state_dict(args.checkpoint)
+    card = read_card(args.checkpoint)
+    settings = _Settings(args, card)
+    arch, width = settings("arch", DEFAULT_ARCH), settings("widen_factor", DEFAULT_WIDTH)
+    name = settings("dataset", DEFAULT_DATASET)
+    network = build_model(arch, (card or {}).get("num_classes", 10), width)
+    load_strictly(network, state_dict, args.checkpoint)
+    dataset = load_dataset(name, args.data_dir, runtime.device)
+    trigger = load_trigger(args.trigger_info, dataset.num_classes) if args.trigger_info else None
+    normalization = _normalization(settings, dataset)
+    permutation = _permutation(args, card, len(dataset.train))
+    defender = dataset.train[defender_index(permutation, args.val_frac)]
+    source = "its card" if card else "flags and defaults (no card)"
+    announce(f"{args.checkpoint}: {arch}, width {width}, mean {normalization.mean}, std {normalization.std}, "
+             f"from {source}; {len(defender)} clean images of {name}")  # fmt: skip
+    if trigger is None:
+        announce("no --trigger-info: clean accuracy only, the attack success rate is not known")
+    return Subject(
+        network.to(runtime.device, memory_format=torch.channels_last).eval(),
+        normalization,
+        defender,
+        Evaluator(dataset.test, trigger, defender, normalization, runtime.precision),
+        _derived_card(args, card, arch, width, dataset, normalization, permutation),
+    )
+
+
+def _derived_card(
+    args: Namespace,
+    card: dict[str, Any] | None,
+    arch: str,
+    width: float,
+    dataset: Dataset,
+    normalization: Normalization,
+    permutation: Tensor,
+) -> dict[str, Any]:
+    return {
+        "arch": arch,
+        "widen_factor": width,
+        "num_classes": dataset.num_classes,
+        "dataset": dataset.name,
+        "normalization": asdict(normalization),
+        "split": {"file": args.split_file, "sha256": permutation_digest(permutation)},
+        "attack": (card or {}).get("attack"),
+        "repaired_from": {"file": Path(args.checkpoint).name, "sha256": sha256_of(args.checkpoint)},
+    }
