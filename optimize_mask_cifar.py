@@ -79,26 +79,36 @@ def add_row(run: Run, subject: Subject, noisy: nn.Module, state: AnpState, means
     report = subject.evaluator(apply_masks(subject.network, noisy))
     with run.uninterrupted():
         loss, natural_loss, perturbed_loss, accuracy = means.take()
-        run.log.add({
-            "iteration": state.iteration,
-            "loss": loss,
-            "natural loss": natural_loss,
-            "perturbed loss": perturbed_loss,
-            "batch acc %": accuracy and percent(accuracy),
-            "C-Acc %": percent(report.clean.accuracy),
-            "ASR %": report.triggered and percent(report.triggered.accuracy),
-            "masks <= 0.2": int((state.mask <= 0.2).sum()),
-            "seconds": run.seconds,
-        })  # fmt: skip
+        run.log.add(
+            {
+                "iteration": state.iteration,
+                "loss": loss,
+                "natural loss": natural_loss,
+                "perturbed loss": perturbed_loss,
+                "batch acc %": accuracy and percent(accuracy),
+                "C-Acc %": percent(report.clean.accuracy),
+                "ASR %": report.triggered and percent(report.triggered.accuracy),
+                "masks <= 0.2": int((state.mask <= 0.2).sum()),
+                "seconds": run.seconds,
+            }
+        )
 
 
 def optimize(args: argparse.Namespace, run: Run) -> None:
     """Carry out step 2 in the run's folder."""
     runtime = prepare_runtime(args.device, args.precision, args.threads)
     subject = load_subject(args, runtime)
-    config = AnpConfig(args.anp_eps, args.anp_steps, args.anp_alpha, args.lr, iterations=args.nb_iter,
-                       batch_size=args.batch_size, project=args.anp_project, seed=args.seed,
-                       precision=runtime.precision)  # fmt: skip
+    config = AnpConfig(
+        args.anp_eps,
+        args.anp_steps,
+        args.anp_alpha,
+        args.lr,
+        iterations=args.nb_iter,
+        batch_size=args.batch_size,
+        project=args.anp_project,
+        seed=args.seed,
+        precision=runtime.precision,
+    )
     noisy = convert_noisy_batchnorm(subject.network)
     state = AnpState.start(noisy)
     means = Means(torch.zeros(4, device=runtime.device), 0)

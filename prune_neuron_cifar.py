@@ -66,12 +66,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.pruning_by == "threshold" and args.pruning_max is not None and args.pruning_max > 1:
-        parser.error(f"--pruning-max {args.pruning_max:g}: masks lie in 0..1 (a number of neurons needs --pruning-by "
-                     "number)")  # fmt: skip
+        parser.error(
+            f"--pruning-max {args.pruning_max:g}: masks lie in 0..1 (a number of neurons needs --pruning-by number)"
+        )
     for name in ("pruning_max", "pruning_step"):
         value = getattr(args, name)
         if args.pruning_by == "number" and value is not None and not (value >= 1 and value == int(value)):
-            parser.error(f"--{name.replace('_', '-')} {value:g}: --pruning-by number counts in whole neurons, 1 or more")
+            parser.error(
+                f"--{name.replace('_', '-')} {value:g}: --pruning-by number counts in whole neurons, 1 or more"
+            )
     return args
 
 
@@ -107,8 +110,10 @@ def choose(
     """Choose the operating point from clean data alone; returns its row and the reason."""
     if args.max_acc_drop is not None:
         row = largest_within_drop(rows, lambda report: report.defender.accuracy, args.max_acc_drop / 100)
-        return row, (f"the last point of the sweep that costs at most {args.max_acc_drop:g} points of accuracy on the "
-                     f"{len(subject.defender)} clean images")  # fmt: skip
+        return row, (
+            f"the last point of the sweep that costs at most {args.max_acc_drop:g} points of accuracy on the "
+            f"{len(subject.defender)} clean images"
+        )
     threshold = PAPER_THRESHOLD if args.threshold is None else args.threshold
     point = threshold_point(neurons, threshold)
     known = [row.metrics for row in rows if row.point.count == point.count]
@@ -139,8 +144,9 @@ def prune(args: argparse.Namespace, run: Run) -> None:
     chosen, reason = choose(args, subject, neurons, rows)
     count = chosen.point.count
     save_repaired(run, subject, pruned_copy(subject.network, neurons[:count]), chosen, reason)
-    plot_sweep(run.folder / f"pruning_by_{args.pruning_by}.png", log.rows, args.pruning_by,
-               as_dict(chosen, len(neurons)))  # fmt: skip
+    plot_sweep(
+        run.folder / f"pruning_by_{args.pruning_by}.png", log.rows, args.pruning_by, as_dict(chosen, len(neurons))
+    )
     value = "nothing" if chosen.point.value is None else f"every neuron with mask <= {chosen.point.value:g}"
     announce(f"chosen: prune {value} ({reason}): {count} of {len(neurons)} neurons, {100 * count / len(neurons):.2f} %")
     announce(f"before: {rows[0].metrics}")

@@ -42,6 +42,7 @@ from utils.runtime import Runtime, prepare_runtime
 from utils.training import TrainConfig, fit
 from utils.trigger_file import save_trigger
 
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of step 1."""
     parser = make_parser(__doc__)
@@ -89,8 +90,10 @@ def poison(args: argparse.Namespace, dataset: Dataset, train_index: torch.Tensor
     poisoned = attack.poison(dataset.train, train_index, config)
     count = len(poisoned.trigger.data_index)
     share = 100 * count / len(train_index)
-    announce(f"{args.poison_type}: {count} of {len(train_index)} training images poisoned ({share:.2f} %), "
-             f"target {target}, opacity {alpha}")  # fmt: skip
+    announce(
+        f"{args.poison_type}: {count} of {len(train_index)} training images poisoned ({share:.2f} %), "
+        f"target {target}, opacity {alpha}"
+    )
     return poisoned, {
         "poison_type": args.poison_type,
         "target": target,
@@ -144,8 +147,15 @@ def train(args: argparse.Namespace, run: Run) -> None:
     train_set = poisoned.train if poisoned else dataset.train[train_index]
     trigger = poisoned.trigger if poisoned else None
     evaluator = Evaluator(dataset.test, trigger, None, dataset.normalization, runtime.precision)
-    config = TrainConfig(args.epoch, args.batch_size, args.lr, args.lr_schedule, tuple(args.schedule or (100, 150)),
-                         seed=args.seed, precision=runtime.precision)  # fmt: skip
+    config = TrainConfig(
+        args.epoch,
+        args.batch_size,
+        args.lr,
+        args.lr_schedule,
+        tuple(args.schedule or (100, 150)),
+        seed=args.seed,
+        precision=runtime.precision,
+    )
     network = start_network(args, dataset, runtime)
     card = make_card(args, run, dataset, permutation, attack_card)
     for stale in ("trigger_info.th", "clean_and_triggered.png"):

@@ -55,7 +55,7 @@ class Dataset:
 # The std of the ANP release (kuangliu's); many toolkits use (0.247, 0.243, 0.261) instead.
 CIFAR10_NORMALIZATION = Normalization((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 SYNTHETIC_NORMALIZATION = Normalization((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
-SYNTHETIC_SIZE = (10_000, 2_000)
+SYNTHETIC_SIZES = {"train": 10_000, "test": 2_000}
 
 
 def _read_cifar10(root: Path, train: bool) -> ImageSet:
@@ -87,9 +87,9 @@ def _download_cifar10(root: Path) -> None:
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(
-            f"no intact CIFAR-10 in {root.absolute()} and the download failed ({reason}): unpack cifar-10-python.tar.gz "
-            "from https://www.cs.toronto.edu/~kriz/cifar.html there, name its folder with --data-dir, or use "
-            "--dataset synthetic"
+            f"no intact CIFAR-10 in {root.absolute()} and the download failed ({reason}): unpack there "
+            "cifar-10-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html, name its folder with --data-dir, "
+            "or use --dataset synthetic"
         ) from error
 
 
@@ -99,7 +99,7 @@ def load_synthetic(root: str | Path | None = None) -> Dataset:
     Args:
         root: not used; the set is drawn, not read.
     """
-    train, test = (ImageSet(*draw_images(size, part)) for part, size in zip(("train", "test"), SYNTHETIC_SIZE))
+    train, test = (ImageSet(*draw_images(size, part)) for part, size in SYNTHETIC_SIZES.items())
     return Dataset("synthetic", 10, SYNTHETIC_NORMALIZATION, train, test)
 
 

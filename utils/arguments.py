@@ -45,15 +45,29 @@ def add_run_arguments(parser: argparse.ArgumentParser, resumable: bool) -> None:
     """Add what every step has: where to write and how to run."""
     group = parser.add_argument_group("run")
     group.add_argument("--output-dir", default="./save", metavar="DIR", help="folder for everything the step writes")
-    group.add_argument("--seed", type=number(int, 0), default=0, metavar="N",
-                       help="0 or more; the same seed gives the same bytes on one machine")  # fmt: skip
+    group.add_argument(
+        "--seed",
+        type=number(int, 0),
+        default=0,
+        metavar="N",
+        help="0 or more; the same seed gives the same bytes on one machine",
+    )
     group.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda or cuda:N")
-    group.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"],
-                       help="auto takes bf16 where the hardware computes in it, fp32 elsewhere")  # fmt: skip
-    group.add_argument("--threads", type=number(int, 1), metavar="N", help="CPU threads, 1 or more (default: all cores)")
+    group.add_argument(
+        "--precision",
+        default="auto",
+        choices=["auto", "fp32", "bf16"],
+        help="auto takes bf16 where the hardware computes in it, fp32 elsewhere",
+    )
+    group.add_argument(
+        "--threads", type=number(int, 1), metavar="N", help="CPU threads, 1 or more (default: all cores)"
+    )
     if resumable:
-        group.add_argument("--resume", action="store_true",
-                           help="continue an interrupted run; it ends bit-identical to one never interrupted")  # fmt: skip
+        group.add_argument(
+            "--resume",
+            action="store_true",
+            help="continue an interrupted run; it ends bit-identical to one never interrupted",
+        )
         group.add_argument("--overwrite", action="store_true", help="start again, dropping an unfinished run")
 
 
@@ -61,39 +75,68 @@ def add_data_arguments(parser: argparse.ArgumentParser, default_dataset: str | N
     """Add dataset and split; ``default_dataset`` None means that the model card says which."""
     group = parser.add_argument_group("data")
     shown = "" if default_dataset else f" (default: the card's, else {DEFAULT_DATASET})"
-    group.add_argument("--dataset", choices=list(DATASETS), default=default_dataset,
-                       help="cifar10, or synthetic: drawn, nothing to download" + shown)  # fmt: skip
+    group.add_argument(
+        "--dataset",
+        choices=list(DATASETS),
+        default=default_dataset,
+        help="cifar10, or synthetic: drawn, nothing to download" + shown,
+    )
     group.add_argument("--data-dir", default="../data", metavar="DIR", help="folder that holds cifar-10-batches-py")
     group.add_argument("--batch-size", type=number(int, 2), default=128, metavar="N", help="images, 2 or more")
-    group.add_argument("--split-file", metavar="FILE",
-                       help="a permutation of the training images, one index a line, such as the release's; needed for "
-                            "its published checkpoints (default: this project's own)")  # fmt: skip
+    group.add_argument(
+        "--split-file",
+        metavar="FILE",
+        help="a permutation of the training images, one index a line, such as the release's; needed for "
+        "its published checkpoints (default: this project's own)",
+    )
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, from_card: bool) -> None:
     """Add architecture and width; ``from_card`` means that the model card has them."""
     group = parser.add_argument_group("model")
     card = "the card's, else " if from_card else ""
-    group.add_argument("--arch", choices=list(ARCHITECTURES), default=None if from_card else DEFAULT_ARCH,
-                       help=f"network (default: {card}{DEFAULT_ARCH})")  # fmt: skip
-    group.add_argument("--widen-factor", type=number(float, 0, open_low=True), metavar="X",
-                       default=None if from_card else DEFAULT_WIDTH,
-                       help=f"multiplies all channel counts, above 0 (default: {card}{DEFAULT_WIDTH})")  # fmt: skip
+    group.add_argument(
+        "--arch",
+        choices=list(ARCHITECTURES),
+        default=None if from_card else DEFAULT_ARCH,
+        help=f"network (default: {card}{DEFAULT_ARCH})",
+    )
+    group.add_argument(
+        "--widen-factor",
+        type=number(float, 0, open_low=True),
+        metavar="X",
+        default=None if from_card else DEFAULT_WIDTH,
+        help=f"multiplies all channel counts, above 0 (default: {card}{DEFAULT_WIDTH})",
+    )
 
 
 def add_network_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what steps 2 and 3 share: the network to repair, the trigger, the defender's share."""
     group = parser.add_argument_group("network to repair")
     group.add_argument("--checkpoint", "--checkpoints", required=True, metavar="FILE", help="the backdoored network")
-    group.add_argument("--trigger-info", default="", metavar="FILE",
-                       help="the trigger, to report the ASR; without it only clean accuracy is reported")  # fmt: skip
-    group.add_argument("--val-frac", type=number(float, 0, HELD_OUT, open_low=True), default=0.01, metavar="X",
-                       help=f"the defender's clean images, a share of the training set, above 0, at most {HELD_OUT}; "
-                            "step 1 never trains on them")  # fmt: skip
+    group.add_argument(
+        "--trigger-info",
+        default="",
+        metavar="FILE",
+        help="the trigger, to report the ASR; without it only clean accuracy is reported",
+    )
+    group.add_argument(
+        "--val-frac",
+        type=number(float, 0, HELD_OUT, open_low=True),
+        default=0.01,
+        metavar="X",
+        help=f"the defender's clean images, a share of the training set, above 0, at most {HELD_OUT}; "
+        "step 1 never trains on them",
+    )
     for name, word in (("mean", "mean"), ("std", "standard deviation")):
-        group.add_argument(f"--{name}", type=number(float, 0), nargs=3, metavar=("R", "G", "B"),
-                           help=f"{word} with which the network's input is normalised, on the 0..1 scale "
-                                "(default: the card's, else the dataset's)")  # fmt: skip
+        group.add_argument(
+            f"--{name}",
+            type=number(float, 0),
+            nargs=3,
+            metavar=("R", "G", "B"),
+            help=f"{word} with which the network's input is normalised, on the 0..1 scale "
+            "(default: the card's, else the dataset's)",
+        )
     add_model_arguments(parser, from_card=True)
     add_data_arguments(parser, default_dataset=None)
 
@@ -102,68 +145,134 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the training of step 1."""
     group = parser.add_argument_group("training")
     group.add_argument("--epoch", type=number(int, 1), default=200, metavar="N", help="epochs, 1 or more")
-    group.add_argument("--lr", type=number(float, 0, open_low=True), default=0.1, metavar="X",
-                       help="learning rate, above 0; the peak of one-cycle")  # fmt: skip
-    group.add_argument("--lr-schedule", choices=["step", "one-cycle"], default="step",
-                       help="step: x0.1 after the epochs of --schedule, as published; one-cycle: up for 30 %% of the "
-                            "run, then down to 0, further in fewer epochs")  # fmt: skip
-    group.add_argument("--schedule", type=number(int, 1), nargs="+", metavar="N",
-                       help="epochs after which the step schedule drops the rate (default: 100 150)")  # fmt: skip
-    group.add_argument("--save-every", type=number(int, 1), default=20, metavar="N",
-                       help="keep model_{epoch}.th every N epochs")  # fmt: skip
+    group.add_argument(
+        "--lr",
+        type=number(float, 0, open_low=True),
+        default=0.1,
+        metavar="X",
+        help="learning rate, above 0; the peak of one-cycle",
+    )
+    group.add_argument(
+        "--lr-schedule",
+        choices=["step", "one-cycle"],
+        default="step",
+        help="step: x0.1 after the epochs of --schedule, as published; one-cycle: up for 30 %% of the "
+        "run, then down to 0, further in fewer epochs",
+    )
+    group.add_argument(
+        "--schedule",
+        type=number(int, 1),
+        nargs="+",
+        metavar="N",
+        help="epochs after which the step schedule drops the rate (default: 100 150)",
+    )
+    group.add_argument(
+        "--save-every", type=number(int, 1), default=20, metavar="N", help="keep model_{epoch}.th every N epochs"
+    )
 
 
 def add_attack_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the attack of step 1. Unset values stay None, so that contradictions can be told from defaults."""
     group = parser.add_argument_group("attack")
-    group.add_argument("--poison-type", choices=list(ATTACKS), default="badnets",
-                       help="the attack; benign trains a clean network")  # fmt: skip
-    group.add_argument("--poison-rate", type=number(float, 0, 1, open_low=True), metavar="X",
-                       help="share of the non-target training images that is poisoned, above 0, at most 1 "
-                            "(default: 0.05)")  # fmt: skip
-    group.add_argument("--poison-target", type=number(int, 0), metavar="CLASS",
-                       help="class that the trigger shall lead to (default: 0)")  # fmt: skip
-    group.add_argument("--trigger-alpha", type=number(float, 0, 1), metavar="X",
-                       help="opacity of the trigger, 0 to 1; 1 is fully opaque (default: the attack's own, 0.2 for "
-                            "blend, else 1.0)")  # fmt: skip
-    group.add_argument("--clb-dir", default="", metavar="DIR",
-                       help="a published clean-label set, train_images.npy and train_labels.npy; needed by "
-                            "clean-label, which takes its poison rate from it")  # fmt: skip
+    group.add_argument(
+        "--poison-type", choices=list(ATTACKS), default="badnets", help="the attack; benign trains a clean network"
+    )
+    group.add_argument(
+        "--poison-rate",
+        type=number(float, 0, 1, open_low=True),
+        metavar="X",
+        help="share of the non-target training images that is poisoned, above 0, at most 1 (default: 0.05)",
+    )
+    group.add_argument(
+        "--poison-target",
+        type=number(int, 0),
+        metavar="CLASS",
+        help="class that the trigger shall lead to (default: 0)",
+    )
+    group.add_argument(
+        "--trigger-alpha",
+        type=number(float, 0, 1),
+        metavar="X",
+        help="opacity of the trigger, 0 to 1; 1 is fully opaque (default: the attack's own, 0.2 for blend, else 1.0)",
+    )
+    group.add_argument(
+        "--clb-dir",
+        default="",
+        metavar="DIR",
+        help="a published clean-label set, train_images.npy and train_labels.npy; needed by "
+        "clean-label, which takes its poison rate from it",
+    )
 
 
 def add_anp_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the mask optimisation of step 2."""
     group = parser.add_argument_group("adversarial neuron pruning")
-    group.add_argument("--lr", type=number(float, 0, open_low=True), default=0.2, metavar="X",
-                       help="learning rate of the masks, above 0")  # fmt: skip
+    group.add_argument(
+        "--lr",
+        type=number(float, 0, open_low=True),
+        default=0.2,
+        metavar="X",
+        help="learning rate of the masks, above 0",
+    )
     group.add_argument("--nb-iter", type=number(int, 1), default=2000, metavar="N", help="mask updates, 1 or more")
-    group.add_argument("--print-every", type=number(int, 1), default=500, metavar="N",
-                       help="updates between two rows of the table, 1 or more")  # fmt: skip
-    group.add_argument("--anp-eps", type=number(float, 0), default=0.4, metavar="X",
-                       help="size of the perturbation relative to the weights, 0 or more; 0: natural loss alone")  # fmt: skip
-    group.add_argument("--anp-steps", type=number(int, 1), default=1, metavar="N",
-                       help="ascent steps of the perturbation, 1 or more")  # fmt: skip
-    group.add_argument("--anp-alpha", type=number(float, 0, 1), default=0.2, metavar="X",
-                       help="weight of the natural loss, 0 to 1")  # fmt: skip
-    group.add_argument("--anp-project", action="store_true",
-                       help="keep the perturbation inside the eps-ball, as the paper writes it; the published numbers "
-                            "come from letting it reach 2 * eps")  # fmt: skip
+    group.add_argument(
+        "--print-every",
+        type=number(int, 1),
+        default=500,
+        metavar="N",
+        help="updates between two rows of the table, 1 or more",
+    )
+    group.add_argument(
+        "--anp-eps",
+        type=number(float, 0),
+        default=0.4,
+        metavar="X",
+        help="size of the perturbation relative to the weights, 0 or more; 0: natural loss alone",
+    )
+    group.add_argument(
+        "--anp-steps", type=number(int, 1), default=1, metavar="N", help="ascent steps of the perturbation, 1 or more"
+    )
+    group.add_argument(
+        "--anp-alpha", type=number(float, 0, 1), default=0.2, metavar="X", help="weight of the natural loss, 0 to 1"
+    )
+    group.add_argument(
+        "--anp-project",
+        action="store_true",
+        help="keep the perturbation inside the eps-ball, as the paper writes it; the published numbers "
+        "come from letting it reach 2 * eps",
+    )
 
 
 def add_pruning_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the sweep and the choice of the operating point of step 3."""
     group = parser.add_argument_group("pruning")
     group.add_argument("--mask-file", required=True, metavar="FILE", help="mask_values.txt of step 2")
-    group.add_argument("--pruning-by", choices=["threshold", "number"], default="threshold",
-                       help="what the sweep counts in")  # fmt: skip
-    group.add_argument("--pruning-max", type=number(float, 0), metavar="X",
-                       help="last point of the sweep: a mask value, 0 to 1, or a number of neurons (default: 0.90, or all "
-                            "neurons)")  # fmt: skip
-    group.add_argument("--pruning-step", type=number(float, 0, open_low=True), metavar="X",
-                       help="distance of two points, above 0 (default: 0.05, or 1/80 of the neurons)")  # fmt: skip
+    group.add_argument(
+        "--pruning-by", choices=["threshold", "number"], default="threshold", help="what the sweep counts in"
+    )
+    group.add_argument(
+        "--pruning-max",
+        type=number(float, 0),
+        metavar="X",
+        help="last point of the sweep: a mask value, 0 to 1, or a number of neurons (default: 0.90, or all neurons)",
+    )
+    group.add_argument(
+        "--pruning-step",
+        type=number(float, 0, open_low=True),
+        metavar="X",
+        help="distance of two points, above 0 (default: 0.05, or 1/80 of the neurons)",
+    )
     choice = group.add_mutually_exclusive_group()
-    choice.add_argument("--threshold", type=number(float, 0, 1), metavar="X",
-                        help="operating point: prune every neuron with mask <= X, 0 to 1 (default: the paper's 0.2)")  # fmt: skip
-    choice.add_argument("--max-acc-drop", type=number(float, 0, 100), metavar="POINTS",
-                        help="operating point: the last of the sweep that costs at most this many percentage points of "
-                             "accuracy on the defender's clean images, 0 to 100")  # fmt: skip
+    choice.add_argument(
+        "--threshold",
+        type=number(float, 0, 1),
+        metavar="X",
+        help="operating point: prune every neuron with mask <= X, 0 to 1 (default: the paper's 0.2)",
+    )
+    choice.add_argument(
+        "--max-acc-drop",
+        type=number(float, 0, 100),
+        metavar="POINTS",
+        help="operating point: the last of the sweep that costs at most this many percentage points of "
+        "accuracy on the defender's clean images, 0 to 100",
+    )

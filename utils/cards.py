@@ -39,9 +39,13 @@ def read_card(checkpoint: str | Path) -> dict[str, Any] | None:
         card = json.loads(path.read_text())
         expected = card["sha256"]
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not a model card ({error}); delete it and give --arch and the other flags") from error
+        raise InputError(
+            f"{path}: not a model card ({error}); delete it and give --arch and the other flags"
+        ) from error
     found = sha256_of(checkpoint)
     if found != expected:
-        raise InputError(f"{checkpoint}: sha256 {found[:12]}... is not the {expected[:12]}... of its card {path.name}; "
-                         "the file was damaged or replaced (delete the card if it was replaced)")  # fmt: skip
+        raise InputError(
+            f"{checkpoint}: sha256 {found[:12]}... is not the {expected[:12]}... of its card {path.name}; "
+            "the file was damaged or replaced (delete the card if it was replaced)"
+        )
     return card

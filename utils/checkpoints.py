@@ -64,8 +64,10 @@ def load_strictly(network: nn.Module, state_dict: dict[str, Tensor], path: str |
     ]
     faults = [_listing("missing", missing), _listing("unexpected", unexpected), _listing("of another shape", shapes)]
     if any(faults):
-        raise InputError(f"{path}: does not fit this network: {'; '.join(filter(None, faults))}; "
-                         "check --arch, --widen-factor and the number of classes")  # fmt: skip
+        raise InputError(
+            f"{path}: does not fit this network: {'; '.join(filter(None, faults))}; "
+            "check --arch, --widen-factor and the number of classes"
+        )
     for name, tensor in state_dict.items():
         bad = int((~torch.isfinite(tensor)).sum())
         if bad:

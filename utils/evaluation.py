@@ -35,7 +35,11 @@ class Report:
 
     def rounded(self) -> dict[str, float]:
         """Return the figures for a model card: accuracies in percent."""
-        names = {"clean_accuracy": self.clean, "attack_success_rate": self.triggered, "defender_accuracy": self.defender}
+        names = {
+            "clean_accuracy": self.clean,
+            "attack_success_rate": self.triggered,
+            "defender_accuracy": self.defender,
+        }
         return {name: round(percent(metrics.accuracy), 2) for name, metrics in names.items() if metrics}
 
     def __str__(self) -> str:
@@ -62,9 +66,7 @@ def evaluate(network: nn.Module, image_set: ImageSet, normalization: Normalizati
     """
     loss = torch.zeros((), dtype=torch.float64, device=image_set.images.device)
     correct = torch.zeros_like(loss)
-    for images, labels in zip(
-        image_set.images.split(BATCH_SIZE), image_set.labels.split(BATCH_SIZE), strict=True
-    ):
+    for images, labels in zip(image_set.images.split(BATCH_SIZE), image_set.labels.split(BATCH_SIZE), strict=True):
         logits = network(normalize(images, normalization).to(precision)).float()
         loss += F.cross_entropy(logits, labels, reduction="sum")
         correct += (logits.argmax(1) == labels).sum()

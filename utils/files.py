@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import re
-import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,7 @@ _NUMPY_GLOBALS = [
 
 def sha256_of(path: str | Path) -> str:
     """Return the sha256 of a file as hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
@@ -37,16 +35,15 @@ def write_bytes(path: str | Path, content: bytes) -> None:
         OSError: the folder cannot be written or the disk is full; the old file is then untouched.
     """
     path = Path(path)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        temporary.replace(path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -91,7 +88,18 @@ def load_torch(path: str | Path) -> Any:
         else:
             message = f"{path}: refused, not a plain torch.save file of tensors and numeric arrays"
         raise InputError(message) from error
-    except (OSError, RuntimeError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError,
-            AssertionError, UnicodeDecodeError, zipfile.BadZipFile) as error:  # fmt: skip
+    except (
+        OSError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        TypeError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        AssertionError,
+        UnicodeDecodeError,
+        zipfile.BadZipFile,
+    ) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{path}: cannot be read as a torch.save file ({reason[:200]})") from error

@@ -63,6 +63,8 @@ def read_masks(path: str | Path, network: nn.Module) -> list[Neuron]:
     }
     if found != own or len(neurons) != len(own):
         strange = sorted(found ^ own)[:1] or [("", "")]
-        raise InputError(f"{path}: {len(neurons)} neurons, but the network has {len(own)} (first difference: "
-                         f"{strange[0][0]} {strange[0][1]}); was it made for another architecture or width?")  # fmt: skip
+        raise InputError(
+            f"{path}: {len(neurons)} neurons, but the network has {len(own)} (first difference: "
+            f"{strange[0][0]} {strange[0][1]}); was it made for another architecture or width?"
+        )
     return neurons

@@ -79,8 +79,10 @@ def plot_sweep(path: Path, rows: list[dict], by: str, chosen: dict) -> None:
     """
     figure = Figure(figsize=(9.5, 3.6))
     by_value, by_share = figure.subplots(1, 2, sharey=True)
-    for axes, key, label in ((by_value, "mask", "threshold" if by == "threshold" else "mask of the last neuron pruned"),
-                             (by_share, "pruned %", "% of neurons pruned")):  # fmt: skip
+    for axes, key, label in (
+        (by_value, "mask", "threshold" if by == "threshold" else "mask of the last neuron pruned"),
+        (by_share, "pruned %", "% of neurons pruned"),
+    ):
         shown = [row for row in rows if row[key] is not None]
         for name, colour in (("C-Acc %", CLEAN), ("ASR %", TRIGGERED), ("defender acc %", DEFENDER)):
             if shown and shown[0][name] is not None:

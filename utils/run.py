@@ -73,8 +73,9 @@ class Run:
         try:
             self._lock.acquire(timeout=0)
         except filelock.Timeout as error:
-            raise InputError(f"{self.folder}: another process works in this folder; wait for it or choose another "
-                             "--output-dir") from error  # fmt: skip
+            raise InputError(
+                f"{self.folder}: another process works in this folder; wait for it or choose another --output-dir"
+            ) from error
         self._signals.install()
         self._find_saved()
         self._started = self._last_save = time.monotonic()
@@ -99,15 +100,19 @@ class Run:
             self._state_path.unlink()
             return
         if not self.resuming:
-            raise InputError(f"{self._state_path}: an unfinished run is here; add --resume to continue it or "
-                             "--overwrite to start again")  # fmt: skip
+            raise InputError(
+                f"{self._state_path}: an unfinished run is here; add --resume to continue it or "
+                "--overwrite to start again"
+            )
         self.saved = load_torch(self._state_path)
         before = self.saved["options"]
         for name in before.keys() | self.options.keys():
             if before.get(name) != self.options.get(name):
                 flag = "--" + name.replace("_", "-")
-                raise InputError(f"{flag} is {self.options.get(name)} but was {before.get(name)} in the run to resume; "
-                                 "use the same, or --overwrite to start again")  # fmt: skip
+                raise InputError(
+                    f"{flag} is {self.options.get(name)} but was {before.get(name)} in the run to resume; "
+                    "use the same, or --overwrite to start again"
+                )
         self._seconds_before = self.saved["seconds"]
 
     @property
@@ -125,8 +130,13 @@ class Run:
 
     def table(self, columns: dict[str, str]) -> Table:
         """Open the log; a resumed run begins with the rows it had."""
-        record = {"step": self.step, "command": self.command, "arguments": self.options, "versions": versions(),
-                  "threads": torch.get_num_threads()}  # fmt: skip
+        record = {
+            "step": self.step,
+            "command": self.command,
+            "arguments": self.options,
+            "versions": versions(),
+            "threads": torch.get_num_threads(),
+        }
         self.log = Table(self._log_path, record, columns, self.saved["rows"] if self.saved else None)
         return self.log
 
@@ -136,7 +146,9 @@ class Run:
         A signal waits for the end of the step it falls into. What the caller does with a step must not be part of
         the state that is saved.
         """
-        self._bar = tqdm(desc=title, total=total, initial=done, unit=unit, disable=None, leave=False, dynamic_ncols=True)
+        self._bar = tqdm(
+            desc=title, total=total, initial=done, unit=unit, disable=None, leave=False, dynamic_ncols=True
+        )
         with closing(iter(steps)) as iterator:
             while True:
                 with self._signals.deferred():
@@ -170,7 +182,6 @@ def announce(message: str) -> None:
     """Print one line for the reader, beside any progress bar."""
     tqdm.write(message)
     sys.stdout.flush()
-
 
 
 def run_script(work: Callable[[Run], None], step: str, arguments: Namespace, command: str) -> int:

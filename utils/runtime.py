@@ -1,6 +1,7 @@
 """Device, precision and threads of a run."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -22,8 +23,7 @@ def has_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     try:
-        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
-            flags = set(file.read().split())
+        flags = set(Path("/proc/cpuinfo").read_text(errors="replace").split())
     except FileNotFoundError:  # not Linux
         return False
     return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})

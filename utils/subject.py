@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from data.datasets import Dataset, ImageSet, Normalization, load_dataset
 from data.errors import InputError
 from data.split import defender_index, load_permutation, permutation_digest
-from data.triggers import Trigger
 from models import build_model
 from utils.arguments import DEFAULT_ARCH, DEFAULT_DATASET, DEFAULT_WIDTH
 from utils.cards import read_card
@@ -45,8 +44,9 @@ class _Settings:
         known = self.card.get(name, card_value) if self.card else None
         if given is not None and known is not None and given != known:
             flag = "--" + name.replace("_", "-")
-            raise InputError(f"{flag} {given} contradicts the card of {self.args.checkpoint}, which says {known}; "
-                             "leave the flag out")  # fmt: skip
+            raise InputError(
+                f"{flag} {given} contradicts the card of {self.args.checkpoint}, which says {known}; leave the flag out"
+            )
         return next(value for value in (given, known, default) if value is not None)
 
 
@@ -54,8 +54,10 @@ def _permutation(args: Namespace, card: dict[str, Any] | None, size: int) -> Ten
     split = (card or {}).get("split", {})
     permutation = load_permutation(args.split_file or split.get("file"), size)
     if "sha256" in split and permutation_digest(permutation) != split["sha256"]:
-        raise InputError(f"--split-file {args.split_file or split.get('file') or '(none given)'}: not the split on which "
-                         f"{args.checkpoint} was trained; the defender's images would not be unseen")  # fmt: skip
+        raise InputError(
+            f"--split-file {args.split_file or split.get('file') or '(none given)'}: not the split on which "
+            f"{args.checkpoint} was trained; the defender's images would not be unseen"
+        )
     return permutation
 
 
@@ -88,8 +90,10 @@ def load_subject(args: Namespace, runtime: Runtime) -> Subject:
     permutation = _permutation(args, card, len(dataset.train))
     defender = dataset.train[defender_index(permutation, args.val_frac)]
     source = "its card" if card else "flags and defaults (no card)"
-    announce(f"{args.checkpoint}: {arch}, width {width}, mean {normalization.mean}, std {normalization.std}, "
-             f"from {source}; {len(defender)} clean images of {name}")  # fmt: skip
+    announce(
+        f"{args.checkpoint}: {arch}, width {width}, mean {normalization.mean}, std {normalization.std}, "
+        f"from {source}; {len(defender)} clean images of {name}"
+    )
     if trigger is None:
         announce("no --trigger-info: clean accuracy only, the attack success rate is not known")
     return Subject(

@@ -55,8 +55,10 @@ def load_trigger(path: str | Path, num_classes: int) -> Trigger:
     index = content.get("data_index")
     index = torch.zeros(0, dtype=torch.int64) if index is None else _tensor(content, "data_index", path).long()
     if pattern.dim() != 4 or mask.dim() != 4 or pattern.shape[:3] != mask.shape[:3] or mask.shape[3] != 1:
-        raise InputError(f"{path}: trigger_pattern {tuple(pattern.shape)} and trigger_mask {tuple(mask.shape)}, "
-                         "expected (N, H, W, C) and (N, H, W, 1)")  # fmt: skip
+        raise InputError(
+            f"{path}: trigger_pattern {tuple(pattern.shape)} and trigger_mask {tuple(mask.shape)}, "
+            "expected (N, H, W, C) and (N, H, W, 1)"
+        )
     if alpha.numel() != 1 or not target.numel():
         raise InputError(f"{path}: expected one trigger_alpha and at least one poison_target")
     return Trigger(

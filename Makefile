@@ -1,0 +1,34 @@
+# Two commands for a newcomer: `make demo` and `make test`. Both make the environment in .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := save/demo
+
+.PHONY: demo test lint format clean
+
+.venv/.ready: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+demo: .venv/.ready
+	$(BIN)/python train_backdoor_cifar.py --dataset synthetic --widen-factor 0.125 --epoch 10 --lr-schedule one-cycle \
+		--output-dir $(DEMO) --overwrite
+	$(BIN)/python optimize_mask_cifar.py --output-dir $(DEMO) --checkpoint $(DEMO)/last_model.th \
+		--trigger-info $(DEMO)/trigger_info.th --val-frac 0.05 --nb-iter 500 --print-every 100 --overwrite
+	$(BIN)/python prune_neuron_cifar.py --output-dir $(DEMO) --mask-file $(DEMO)/mask_values.txt \
+		--checkpoint $(DEMO)/last_model.th --trigger-info $(DEMO)/trigger_info.th --val-frac 0.05
+	@ls $(DEMO)/*.png
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: .venv/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/.ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv $(DEMO)
