@@ -157,7 +157,6 @@ def _iterate(network: nn.Module, config: AnpConfig, state: AnpState, batch: tupl
         state.momentum.mul_(config.momentum).add_(gradient)
         state.mask.sub_(config.lr * state.momentum).clamp_(0, 1)
     accuracy = (logits.argmax(1) == labels).float().mean()
-    _assign(layers, state.mask)
     return loss, natural_loss.detach(), perturbed_loss.detach(), accuracy
 
 
@@ -181,9 +180,9 @@ def optimize_masks(
 ) -> Iterator[AnpStep]:
     """Learn the neuron masks of a converted network from a few clean images (algorithm 1 of the paper).
 
-    The masks end in the network's ``NoisyBatchNorm`` layers, and after every step in ``state`` too. Nothing else of
-    the network changes, running statistics included: all its other parameters are frozen. BatchNorms use the
-    statistics of the batch, everything else (dropout) is in eval mode.
+    After every step the masks are in the network's ``NoisyBatchNorm`` layers and in ``state``, and the network is in
+    eval mode. Nothing else of it changes, running statistics included: all its parameters are frozen. Within a step
+    BatchNorms use the statistics of the batch, everything else (dropout) is in eval mode.
 
     Args:
         network: what ``models.convert_noisy_batchnorm`` returned.
@@ -208,20 +207,20 @@ def optimize_masks(
     if len(images) != len(labels) or not len(labels):
         raise ValueError(f"{len(images)} images and {len(labels)} labels")
     state = AnpState.start(network) if state is None else state
+    layers = list(noisy_layers(network).values())
     network.requires_grad_(False).eval()
-    for layer in noisy_layers(network).values():
-        layer.train()
+    _assign(layers, state.mask.clone())
     iterate = None
-    try:
-        while state.iteration < config.iterations:
-            batch = _draw_batch(images, labels, state, config, transform)
-            iterate = iterate or replayed(lambda batch: _iterate(network, config, state, batch), state, batch)
-            values = iterate(batch)
-            state.iteration += 1
-            yield AnpStep(state.iteration, *values)
-    finally:
-        _assign(list(noisy_layers(network).values()), state.mask.clone())
+    while state.iteration < config.iterations:
+        batch = _draw_batch(images, labels, state, config, transform)
+        for layer in layers:
+            layer.train()
+        iterate = iterate or replayed(lambda batch: _iterate(network, config, state, batch), state, batch)
+        values = iterate(batch)
         network.eval()
+        _assign(layers, state.mask.clone())
+        state.iteration += 1
+        yield AnpStep(state.iteration, *values)
 
 
 def apply_masks(network: nn.Module, noisy: nn.Module) -> nn.Module:

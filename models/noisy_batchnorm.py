@@ -86,8 +86,9 @@ def convert_noisy_batchnorm(module: nn.Module, inplace: bool = False) -> nn.Modu
         ValueError: no affine BatchNorm is left to mask, or a lazy one has no size yet.
         TypeError: a subclass of BatchNorm would lose its own forward.
     """
+    names = [name for name, layer in module.named_modules() if _is_convertible(name, layer)]
     module = module if inplace else copy.deepcopy(module)
-    found = {old: NoisyBatchNorm(old) for name, old in module.named_modules() if _is_convertible(name, old)}
+    found = {layer: NoisyBatchNorm(layer) for layer in map(module.get_submodule, names)}
     for parent in list(module.modules()):
         for name, child in parent._modules.items():
             if child in found:

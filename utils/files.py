@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,8 @@ def load_torch(path: str | Path) -> Any:
         InputError: the file is missing or damaged, or asks for any other global; the message names it.
     """
     try:
-        with torch.serialization.safe_globals(_NUMPY_GLOBALS):
+        with torch.serialization.safe_globals(_NUMPY_GLOBALS), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # about pickle protocols; what is refused is said below
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error

@@ -1,0 +1,1 @@
+"""Speed measurements, and the plain loops they are measured against."""

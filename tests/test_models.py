@@ -1,0 +1,162 @@
+import copy
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from models import ARCHITECTURES, build_model, convert_noisy_batchnorm, noisy_layers
+
+NEURONS = {
+    "resnet18": 4800,
+    "resnet34": 8512,
+    "resnet50": 26560,
+    "resnet101": 52672,
+    "resnet152": 75712,
+    "vgg19_bn": 5504,
+    "MobileNetV2": 17544,
+}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_neuron_count_is_the_published_one(arch):
+    with torch.device("meta"):
+        norms = [m for m in build_model(arch).modules() if isinstance(m, nn.BatchNorm2d)]
+    assert sum(norm.num_features for norm in norms) == NEURONS[arch]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_forward_and_widen_factor(arch):
+    narrow, wide = build_model(arch, 7, 0.125), build_model(arch, 7, 0.25)
+    assert narrow.eval()(torch.randn(2, 3, 32, 32)).shape == (2, 7)
+    first = next(m for m in wide.modules() if isinstance(m, nn.BatchNorm2d))
+    published = {"MobileNetV2": 32}.get(arch, 64)
+    assert first.num_features == published // 4
+    assert sum(p.numel() for p in narrow.parameters()) < sum(p.numel() for p in wide.parameters())
+
+
+def test_state_dict_names_are_the_published_ones():
+    names = {arch: set(build_model(arch, 10, 0.0625).state_dict()) for arch in ("resnet18", "resnet50")}
+    for name in (
+        "conv1.weight",
+        "bn1.running_var",
+        "layer1.0.conv1.weight",
+        "layer4.1.bn2.weight",
+        "layer2.0.shortcut.0.weight",
+        "layer2.0.shortcut.1.bias",
+        "linear.weight",
+    ):
+        assert name in names["resnet18"]
+    assert "layer1.0.shortcut.0.weight" not in names["resnet18"]
+    assert {"layer1.0.conv3.weight", "layer1.0.shortcut.1.weight"} <= names["resnet50"]
+    vgg = set(build_model("vgg19_bn", 10, 0.0625).state_dict())
+    assert {"features.0.weight", "features.0.bias", "features.1.running_mean", "classifier.weight"} <= vgg
+    assert not {name for name in vgg if name.startswith("features.2.")}
+    mobile = set(build_model("MobileNetV2", 10, 0.25).state_dict())
+    assert {"layers.0.shortcut.1.weight", "layers.16.bn3.weight", "conv2.weight", "bn2.bias", "linear.bias"} <= mobile
+
+
+@pytest.mark.parametrize("kwargs", [{"arch": "resnet9"}, {"widen_factor": 0}, {"num_classes": 0}])
+def test_bad_arguments(kwargs):
+    with pytest.raises(ValueError):
+        build_model(**{"arch": "resnet18", **kwargs})
+
+
+INPUTS = {nn.BatchNorm1d: (8, 5), nn.BatchNorm2d: (8, 5, 4, 4), nn.BatchNorm3d: (4, 5, 3, 4, 2)}
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+@pytest.mark.parametrize("training", [True, False])
+def test_equals_plain_batchnorm_at_mask_one(kind, training):
+    torch.manual_seed(0)
+    plain = kind(5).train(training)
+    nn.init.uniform_(plain.weight)
+    nn.init.normal_(plain.bias)
+    plain.running_mean.normal_()
+    noisy = convert_noisy_batchnorm(plain)
+    x = torch.randn(INPUTS[kind])
+    before = plain.running_mean.clone()
+    assert torch.equal(noisy(x), plain(x))
+    noisy.perturbed = True  # without noise it changes nothing
+    assert torch.equal(noisy(x), copy.deepcopy(plain)(x))
+    assert torch.equal(noisy.running_mean, before), "running statistics must not drift"
+
+
+def test_effective_parameters():
+    plain = nn.BatchNorm2d(3).eval()
+    plain.weight.data = torch.tensor([1.0, 2.0, 3.0])
+    plain.bias.data = torch.tensor([0.5, -1.0, 2.0])
+    noisy = convert_noisy_batchnorm(plain).eval()
+    noisy.mask = torch.tensor([0.5, 1.0, 0.0])
+    noisy.weight_noise = torch.tensor([0.4, -0.4, 0.1])
+    noisy.bias_noise = torch.tensor([-0.2, 0.3, 0.4])
+    x = torch.randn(2, 3, 4, 4)
+
+    def expected(weight, bias):
+        standard = x / (1 + plain.eps) ** 0.5
+        return standard * torch.tensor(weight)[:, None, None] + torch.tensor(bias)[:, None, None]
+
+    torch.testing.assert_close(noisy(x), expected([0.5, 2.0, 0.0], [0.5, -1.0, 2.0]))  # the mask leaves beta alone
+    noisy.perturbed = True
+    torch.testing.assert_close(noisy(x), expected([0.9, 1.2, 0.3], [0.4, -1.3, 2.8]))
+
+
+def test_gradients_against_finite_differences():
+    torch.manual_seed(0)
+    norm = convert_noisy_batchnorm(nn.BatchNorm2d(3)).double().train()
+    x = torch.randn(4, 3, 2, 2, dtype=torch.float64)
+
+    def function(mask, d, b):
+        norm.mask, norm.weight_noise, norm.bias_noise, norm.perturbed = mask, d, b, True
+        return (norm(x) ** 3).sum()
+
+    norm.bias = nn.Parameter(torch.randn(3, dtype=torch.float64))
+    inputs = tuple(torch.rand(3, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+def test_conversion_copies_unless_in_place(network):
+    names = list(network.state_dict())
+    converted = convert_noisy_batchnorm(network)
+    assert not noisy_layers(network) and len(noisy_layers(converted)) == 20
+    assert list(converted.state_dict()) == names
+    converted.bn1.weight.data.zero_()
+    assert network.bn1.weight.abs().sum() > 0
+    assert convert_noisy_batchnorm(network, inplace=True) is network
+    assert len(noisy_layers(network)) == 20
+
+
+def test_torchvision_network_computes_the_same():
+    torch.manual_seed(0)
+    network = torchvision.models.mobilenet_v3_small(weights=None, num_classes=5).eval()
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(convert_noisy_batchnorm(network)(x), network(x))
+
+
+def test_shared_module_stays_shared():
+    norm = nn.BatchNorm1d(4)
+    network = convert_noisy_batchnorm(nn.ModuleDict({"a": norm, "b": nn.Sequential(norm), "c": nn.BatchNorm1d(4)}))
+    assert network["a"] is network["b"][0]
+    assert list(noisy_layers(network)) == ["a", "c"]
+
+
+def test_what_cannot_be_masked():
+    class Own(nn.BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    without = nn.BatchNorm2d(4, affine=False)
+    mixed = convert_noisy_batchnorm(nn.Sequential(without, nn.BatchNorm2d(4)))
+    assert list(noisy_layers(mixed)) == ["1"]
+    with pytest.raises(ValueError, match="no BatchNorm with scale"):
+        convert_noisy_batchnorm(nn.Sequential(without))
+    with pytest.raises(TypeError, match="Own"):
+        convert_noisy_batchnorm(nn.Sequential(nn.Conv2d(3, 4, 1), Own(4)))
+    with pytest.raises(ValueError, match="no size yet"):
+        convert_noisy_batchnorm(nn.Sequential(nn.LazyBatchNorm2d()))
+
+
+def test_without_running_statistics():
+    plain = nn.BatchNorm2d(4, track_running_stats=False).eval()
+    x = torch.randn(8, 4, 3, 3)
+    assert torch.equal(convert_noisy_batchnorm(plain)(x), plain(x))

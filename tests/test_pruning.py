@@ -1,0 +1,142 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.plain import plain_evaluate
+from data.augment import normalize
+from data.datasets import SYNTHETIC_NORMALIZATION, ImageSet
+from data.synthetic import draw_images
+from defenses.pruning import (
+    Neuron,
+    PruningPoint,
+    SweepRow,
+    largest_within_drop,
+    neurons_up_to,
+    number_points,
+    prune_neurons,
+    pruned_copy,
+    sort_neurons,
+    sweep,
+    threshold_points,
+)
+from models import ARCHITECTURES, build_model
+from utils.evaluation import evaluate, inference_copy
+
+
+def neurons(*masks):
+    return [Neuron("bn1", index, mask) for index, mask in enumerate(masks)]
+
+
+def test_sorting_keeps_file_order_among_ties():
+    order = [neuron.index for neuron in sort_neurons(neurons(0.5, 0.0, 0.5, 0.0))]
+    assert order == [1, 3, 0, 2]
+    assert [neuron.index for neuron in neurons_up_to(neurons(0.5, 0.2, 0.21), 0.2)] == [1]
+
+
+def test_thresholds_are_exact_and_never_past_the_maximum():
+    points = threshold_points(neurons(0.0, 0.1, 0.15, 0.3), 0.3, 0.05)
+    assert [point.value for point in points] == [0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3]
+    assert [point.count for point in points] == [1, 1, 2, 3, 3, 3, 4]
+    assert points[2].last == Neuron("bn1", 1, 0.1)
+    assert [p.value for p in threshold_points([], 0.2, 0.1)] == [0.0, 0.1, 0.2]
+    assert [p.value for p in threshold_points([], 0.25, 0.1)] == [0.0, 0.1, 0.2]
+    assert len(threshold_points([], 0.9, 0.05)) == 19
+
+
+def test_numbers_never_run_past_the_end():
+    ten = neurons(*(n / 10 for n in range(10)))
+    assert [point.count for point in number_points(ten, 100, 4)] == [4, 8]
+    assert [point.count for point in number_points(ten, 10, 5)] == [5, 10]
+    assert [point.count for point in number_points(ten, 7, 3)] == [3, 6]
+    assert number_points(ten, 10, 5)[-1] == PruningPoint(10, ten[9], 0.9)
+    with pytest.raises(ValueError, match="step"):
+        number_points(ten, 10, 0)
+
+
+def test_pruning_zeroes_gamma_and_nothing_else(network):
+    before = copy.deepcopy(network.state_dict())
+    prune_neurons(network, [Neuron("layer1.0.bn1", 2, 0.0), Neuron("layer2.0.shortcut.1", 0, 0.1)])
+    for name, tensor in network.state_dict().items():
+        expected = before[name].clone()
+        if name == "layer1.0.bn1.weight":
+            expected[2] = 0
+        if name == "layer2.0.shortcut.1.weight":
+            expected[0] = 0
+        assert torch.equal(tensor, expected), name
+    out = network.layer1[0].bn1.eval()(torch.randn(2, 4, 5, 5))
+    assert (out[:, 2] == network.layer1[0].bn1.bias[2]).all()
+
+
+@pytest.mark.parametrize(
+    ("neuron", "message"),
+    [
+        (Neuron("bn9", 0, 0), "no affine BatchNorm 'bn9'"),
+        (Neuron("conv1", 0, 0), "conv1"),
+        (Neuron("bn1", 4, 0), "channel 4"),
+    ],
+)
+def test_pruning_what_is_not_there_changes_nothing(network, neuron, message):
+    with pytest.raises(ValueError, match=message):
+        prune_neurons(network, [Neuron("bn1", 0, 0), neuron])
+    assert network.bn1.weight.all()
+
+
+def test_sweep_measures_the_pruned_network(network):
+    masks = sort_neurons([Neuron("bn1", index, mask) for index, mask in enumerate((0.3, 0.0, 0.2, 0.9))])
+    weight, calls = network.bn1.weight.clone(), []
+
+    def evaluate_weight(pruned):
+        assert not pruned.training
+        calls.append(1)
+        return pruned.bn1.weight.tolist()
+
+    rows = list(sweep(network, masks, threshold_points(masks, 0.5, 0.1), evaluate_weight))
+    expected = [set(), {1}, {1}, {1, 2}, {1, 2, 0}, {1, 2, 0}, {1, 2, 0}]
+    for row, pruned in zip(rows, expected, strict=True):
+        assert {index for index, value in enumerate(row.metrics) if value == 0} == pruned
+        assert row.point.count == len(pruned)
+    assert len(calls) == 4, "a point that prunes nothing new is not measured again"
+    assert torch.equal(network.bn1.weight, weight)
+
+
+def test_operating_point_from_clean_accuracy():
+    accuracies = [0.9, 0.9, 0.89, 0.87, 0.875, 0.5]
+    rows = [SweepRow(PruningPoint(n, None, n / 10), accuracy) for n, accuracy in enumerate(accuracies)]
+    assert largest_within_drop(rows, float, 0.03).point.count == 4
+    assert largest_within_drop(rows, float, 0.01).point.count == 2
+    assert largest_within_drop(rows, float, 0).point.count == 1
+    assert largest_within_drop(rows, float, 1).point.count == 5
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "vgg19_bn", "MobileNetV2"])
+def test_folding_computes_the_same(arch):
+    torch.manual_seed(0)
+    network = build_model(arch, 10, 1 / 8)
+    images = torch.randn(8, 3, 32, 32)
+    for _ in range(3):
+        network.train()(images)  # running statistics that are not the identity
+    layer = next(name for name, module in network.named_modules() if isinstance(module, nn.BatchNorm2d))
+    prune_neurons(network, [Neuron(layer, 0, 0.0)])
+    network.eval()
+    folded = inference_copy(network, torch.float32)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    torch.testing.assert_close(folded(images), network(images), atol=1e-4, rtol=1e-4)
+    assert arch in ARCHITECTURES and any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+
+
+def test_evaluation_is_the_mean_over_samples(network):
+    image_set = ImageSet(*draw_images(730, "test"))  # no multiple of the batch size
+    ours = evaluate(inference_copy(network, torch.float32), image_set, SYNTHETIC_NORMALIZATION, torch.float32)
+    batches = [
+        (normalize(image_set.images[:300], SYNTHETIC_NORMALIZATION), image_set.labels[:300]),
+        (normalize(image_set.images[300:], SYNTHETIC_NORMALIZATION), image_set.labels[300:]),
+    ]
+    loss, accuracy = plain_evaluate(network, batches)
+    assert ours.loss == pytest.approx(loss, rel=1e-4) and ours.accuracy == pytest.approx(accuracy, abs=1e-9)
+
+
+def test_pruned_copy_leaves_the_original(network):
+    pruned = pruned_copy(network, [Neuron("bn1", 1, 0.0)])
+    assert pruned.bn1.weight[1] == 0 and network.bn1.weight[1] != 0

@@ -1,0 +1,441 @@
+"""The three scripts end to end: results, flags, resume, kill, locks, errors."""
+
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import optimize_mask_cifar as optimize
+import prune_neuron_cifar as prune
+import train_backdoor_cifar as train
+from models import build_model
+from tests.conftest import WIDTH
+
+ROOT = Path(__file__).parents[1]
+FP32 = ["--precision", "fp32"]
+MASKS = ["--val-frac", "0.1", "--nb-iter", "6", "--print-every", "3", "--batch-size", "32"]
+
+
+def source(folder):
+    return ["--checkpoint", f"{folder}/last_model.th", "--trigger-info", f"{folder}/trigger_info.th"]
+
+
+def rows(folder, step):
+    record, *lines = map(json.loads, (folder / f"{step}_log.jsonl").read_text().splitlines())
+    return record["record"], lines
+
+
+@pytest.fixture
+def folder(trained, tmp_path):
+    """A copy of the output of steps 1 and 2, to be changed."""
+    return Path(shutil.copytree(trained, tmp_path / "save"))
+
+
+# ---- the whole path
+
+
+@pytest.fixture(scope="module")
+def repaired(tmp_path_factory):
+    """The three steps on 4,000 synthetic images, long enough that the backdoor is there and goes."""
+    folder = tmp_path_factory.mktemp("repaired")
+    out = ["--output-dir", str(folder)]
+    trained = ["--dataset", "small", "--epoch", "12", "--lr-schedule", "one-cycle", "--poison-rate", "0.1"]
+    assert train.main([*out, *WIDTH, *trained]) == 0
+    masks = ["--val-frac", "0.1", "--nb-iter", "250", "--print-every", "250", "--batch-size", "64"]
+    assert optimize.main([*out, *source(folder), *masks]) == 0
+    pruning = ["--mask-file", f"{folder}/mask_values.txt", "--val-frac", "0.1", "--max-acc-drop", "5"]
+    assert prune.main([*out, *source(folder), *pruning]) == 0
+    return folder
+
+
+def test_the_backdoor_is_there_and_goes(repaired):
+    before = json.loads((repaired / "last_model.json").read_text())["metrics"]
+    after = json.loads((repaired / "repaired_model.json").read_text())["metrics"]
+    assert before["clean_accuracy"] > 85 and before["attack_success_rate"] > 95
+    assert after["attack_success_rate"] < 10
+    assert after["clean_accuracy"] > before["clean_accuracy"] - 10
+
+
+def test_what_lies_in_the_folder(repaired):
+    names = {path.name for path in repaired.iterdir()}
+    assert names >= {
+        "last_model.th", "last_model.json", "model_init.th", "trigger_info.th", "train_log.jsonl", "train_curves.png",
+        "clean_and_triggered.png", "mask_values.txt", "mask_values.png", "optimize_log.jsonl", "repaired_model.th",
+        "repaired_model.json", "pruning_by_threshold.txt", "pruning_by_threshold.png", "pruning_by_threshold_log.jsonl",
+    }  # fmt: skip
+    assert not {name for name in names if "resume" in name or name.endswith(".part")}
+    assert all((repaired / name).read_bytes()[:4] == b"\x89PNG" for name in names if name.endswith(".png"))
+
+
+def test_the_repaired_network_is_a_plain_checkpoint(repaired):
+    network = build_model("resnet18", 10, 0.125)
+    network.load_state_dict(torch.load(repaired / "repaired_model.th"))
+    card = json.loads((repaired / "repaired_model.json").read_text())
+    zeros = sum(int((m.weight == 0).sum()) for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    assert zeros == card["repair"]["pruned_neurons"] > 0
+    assert (
+        prune.main(
+            [
+                "--output-dir",
+                str(repaired / "again"),
+                "--checkpoint",
+                str(repaired / "repaired_model.th"),
+                "--mask-file",
+                f"{repaired}/mask_values.txt",
+                "--val-frac",
+                "0.1",
+                "--pruning-max",
+                "0",
+            ]
+        )
+        == 0
+    )
+
+
+def test_the_chosen_point_follows_the_defenders_accuracy(repaired):
+    card = json.loads((repaired / "repaired_model.json").read_text())
+    _, sweep = rows(repaired, "pruning_by_threshold")
+    assert sweep[0]["pruned"] == 0 and sweep[0]["mask"] is None
+    floor = sweep[0]["defender acc %"] - 5
+    allowed = [row for row in sweep if row["defender acc %"] >= floor - 1e-6]
+    assert card["repair"]["pruned_neurons"] == allowed[-1]["pruned"]
+
+
+# ---- step 1
+
+
+def test_checkpoints_and_schedule(tmp_path):
+    args = ["--output-dir", str(tmp_path), *WIDTH, "--dataset", "tiny", "--epoch", "4", "--schedule", "1", "3"]
+    assert train.main([*args, "--save-every", "2", "--poison-type", "benign"]) == 0
+    record, epochs = rows(tmp_path, "train")
+    assert [row["epoch"] for row in epochs] == [1, 2, 3, 4], "as many epochs as --epoch says"
+    assert [row["lr"] for row in epochs] == pytest.approx([0.1, 0.01, 0.01, 0.001])
+    assert [row["ASR %"] for row in epochs] == [None] * 4
+    assert record["ended"] and record["command"].startswith("python train_backdoor_cifar.py --output-dir")
+    assert sorted(path.name for path in tmp_path.glob("*.th")) == [
+        "last_model.th", "model_2.th", "model_4.th", "model_init.th"]  # fmt: skip
+    assert (tmp_path / "last_model.th").read_bytes() == (tmp_path / "model_4.th").read_bytes()
+    card = json.loads((tmp_path / "last_model.json").read_text())
+    assert card["attack"] == {"poison_type": "benign"} and card["epochs"] == 4 and card["seed"] == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--poison-type", "benign", "--poison-rate", "0.1"], "--poison-rate has no effect"),
+        (["--poison-type", "benign", "--trigger-alpha", "0.1"], "--trigger-alpha has no effect"),
+        (["--poison-type", "clean-label"], "needs --clb-dir"),
+        (["--poison-type", "clean-label", "--clb-dir", "x", "--poison-rate", "0.1"], "--poison-rate has no effect"),
+        (["--clb-dir", "x"], "--clb-dir has no effect"),
+        (["--lr-schedule", "one-cycle", "--schedule", "3"], "--schedule has no effect"),
+        (["--poison-rate", "1.5"], "out of range"),
+        (["--poison-rate", "0"], "out of range"),
+        (["--trigger-alpha", "nan"], "out of range"),
+        (["--epoch", "0"], "out of range"),
+        (["--batch-size", "x"], "invalid whole number"),
+        (["--arch", "alexnet"], "invalid choice"),
+        (["--epo", "3"], "unrecognized arguments"),
+    ],
+)
+def test_bad_flags_of_step_1(flags, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        train.main(flags)
+    assert caught.value.code == 2 and message in capsys.readouterr().err
+
+
+def failure(capsys, script, args):
+    """Run a script that must fail; return its one line."""
+    capsys.readouterr()
+    assert script.main(args) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "Traceback" not in error
+    return error
+
+
+def test_target_out_of_range(tmp_path, capsys):
+    args = ["--output-dir", str(tmp_path / "x"), "--dataset", "tiny", *WIDTH, "--poison-target", "99"]
+    assert "--poison-target 99" in failure(capsys, train, args)
+
+
+def test_unwritable_folder(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    error = failure(capsys, train, ["--output-dir", str(tmp_path / "file" / "x"), "--dataset", "tiny"])
+    assert "file" in error
+
+
+# ---- steps 2 and 3
+
+
+def test_first_row_and_rows_of_step_2(trained):
+    _, table = rows(trained, "optimize")
+    assert [row["iteration"] for row in table] == [0, 2, 4]
+    card = json.loads((trained / "last_model.json").read_text())["metrics"]
+    assert table[0]["C-Acc %"] == pytest.approx(card["clean_accuracy"])
+    assert table[0]["ASR %"] == pytest.approx(card["attack_success_rate"], abs=0.01)
+    assert len((trained / "mask_values.txt").read_text().splitlines()) == 601
+
+
+@pytest.mark.parametrize("iterations", [1, 5])
+def test_as_many_iterations_as_asked(folder, iterations):
+    args = ["--output-dir", str(folder), *source(folder), "--val-frac", "0.1", "--batch-size", "16"]
+    assert optimize.main([*args, "--nb-iter", str(iterations)]) == 0
+    assert rows(folder, "optimize")[1][-1]["iteration"] == iterations
+
+
+def test_without_a_trigger_file(folder, capsys):
+    checkpoint = ["--checkpoint", f"{folder}/last_model.th", "--output-dir", str(folder)]
+    assert optimize.main([*checkpoint, *MASKS]) == 0
+    assert "clean accuracy only" in capsys.readouterr().out
+    pruning = ["--mask-file", f"{folder}/mask_values.txt", "--val-frac", "0.1", "--pruning-max", "0.1"]
+    assert prune.main([*checkpoint, *pruning]) == 0
+    out = capsys.readouterr().out
+    assert "clean accuracy only" in out and "ASR not known" in out
+    for step in ("optimize", "pruning_by_threshold"):
+        assert {row["ASR %"] for row in rows(folder, step)[1]} == {None}
+    assert "attack_success_rate" not in json.loads((folder / "repaired_model.json").read_text())["metrics"]
+
+
+def test_a_network_without_a_card(folder, capsys):
+    (folder / "last_model.json").unlink()
+    args = ["--output-dir", str(folder), *source(folder), *MASKS]
+    assert "--widen-factor" in failure(capsys, optimize, [*args, "--dataset", "tiny"])
+    assert optimize.main([*args, *WIDTH, "--dataset", "tiny"]) == 0
+    out = capsys.readouterr().out
+    assert "no card" in out and "std (0.25, 0.25, 0.25)" in out
+    assert optimize.main([*args, *WIDTH, "--dataset", "tiny", "--std", "0.247", "0.243", "0.261"]) == 0
+    assert "std (0.247, 0.243, 0.261)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--arch", "vgg19_bn"], ["--widen-factor", "1"], ["--dataset", "small"], ["--std", "0.2", "0.2", "0.2"]],
+)
+def test_a_flag_against_the_card(folder, flags, capsys):
+    error = failure(capsys, optimize, ["--output-dir", str(folder), *source(folder), *MASKS, *flags])
+    assert f"{flags[0]}" in error and "contradicts the card" in error
+
+
+def test_another_split_than_the_cards(folder, tmp_path, capsys):
+    (tmp_path / "split.txt").write_text("\n".join(map(str, range(600))))
+    split = ["--split-file", str(tmp_path / "split.txt")]
+    error = failure(capsys, optimize, ["--output-dir", str(folder), *source(folder), *MASKS, *split])
+    assert "not the split" in error
+
+
+def test_split_file_of_step_1_is_found_again(tmp_path):
+    (tmp_path / "split.txt").write_text("\n".join(map(str, reversed(range(600)))))
+    out = ["--output-dir", str(tmp_path)]
+    split = ["--split-file", str(tmp_path / "split.txt")]
+    assert train.main([*out, *WIDTH, *split, "--dataset", "tiny", "--epoch", "1"]) == 0
+    assert optimize.main([*out, *source(tmp_path), *MASKS]) == 0
+    from utils.trigger_file import load_trigger
+
+    assert load_trigger(tmp_path / "trigger_info.th", 10).data_index.max() < 540  # the last 60 are the defender's
+
+
+def test_bad_files_of_steps_2_and_3(folder, capsys):
+    out = ["--output-dir", str(folder)]
+    masks = ["--mask-file", f"{folder}/mask_values.txt", "--val-frac", "0.1"]
+    missing = ["--checkpoint", f"{folder}/none.th"]
+    assert "no such file" in failure(capsys, optimize, [*out, *missing, *MASKS])
+    assert "no such file" in failure(capsys, prune, [*out, *missing, *masks])
+    assert "not a trigger file" in failure(
+        capsys, optimize, [*out, "--checkpoint", f"{folder}/last_model.th", "--trigger-info", f"{folder}/last_model.th"]
+    )
+    assert "no state_dict" in failure(capsys, optimize, [*out, "--checkpoint", f"{folder}/trigger_info.th"])
+    lines = (folder / "mask_values.txt").read_text().splitlines(keepends=True)
+    (folder / "mask_values.txt").write_text("".join(lines[:-10]))
+    assert "590 neurons, but the network has 600" in failure(capsys, prune, [*out, *source(folder), *masks])
+    state = torch.load(folder / "last_model.th")
+    state["bn1.weight"][0] = float("nan")
+    torch.save(state, folder / "nan.th")
+    nan = [*out, "--checkpoint", f"{folder}/nan.th", *WIDTH, "--dataset", "tiny"]
+    assert "bn1.weight holds 1 values that are NaN" in failure(capsys, optimize, nan)
+    assert not (folder / "repaired_model.th").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--pruning-max", "1.5"], "--pruning-by number"),
+        (["--pruning-by", "number", "--pruning-step", "0.5"], "whole neurons"),
+        (["--pruning-by", "number", "--pruning-max", "10.5"], "whole neurons"),
+        (["--pruning-step", "0"], "out of range"),
+        (["--threshold", "0.2", "--max-acc-drop", "1"], "not allowed with"),
+        (["--val-frac", "0.2"], "out of range"),
+        (["--val-frac", "0"], "out of range"),
+    ],
+)
+def test_bad_flags_of_step_3(flags, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        prune.main(["--mask-file", "m", "--checkpoint", "c", *flags])
+    assert caught.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--anp-steps", "0"], ["--anp-alpha", "2"], ["--anp-eps", "-1"], ["--nb-iter", "0"]])
+def test_bad_flags_of_step_2(flags, capsys):
+    with pytest.raises(SystemExit) as caught:
+        optimize.main(["--checkpoint", "c", *flags])
+    assert caught.value.code == 2 and "out of range" in capsys.readouterr().err
+
+
+def test_sweep_by_number_reaches_the_last_neuron(folder):
+    args = ["--output-dir", str(folder), *source(folder), "--mask-file", f"{folder}/mask_values.txt"]
+    assert prune.main([*args, "--val-frac", "0.1", "--pruning-by", "number", "--pruning-step", "250"]) == 0
+    assert [row["pruned"] for row in rows(folder, "pruning_by_number")[1]] == [0, 250, 500]
+    assert prune.main([*args, "--val-frac", "0.1", "--pruning-by", "number", "--pruning-step", "300"]) == 0
+    lines = (folder / "pruning_by_number.txt").read_text().splitlines()
+    assert [line.split(" \t ")[0] for line in lines] == ["No", "0", "300", "600"]
+    assert all(line.count("\t") == 7 for line in lines)
+
+
+def test_thresholds_in_the_file(folder):
+    args = ["--output-dir", str(folder), *source(folder), "--mask-file", f"{folder}/mask_values.txt"]
+    assert prune.main([*args, "--val-frac", "0.1", "--pruning-max", "0.2", "--pruning-step", "0.1"]) == 0
+    lines = (folder / "pruning_by_threshold.txt").read_text().splitlines()
+    assert [line.split(" \t ")[3] for line in lines] == ["Mask", "None", "0.0", "0.1", "0.2"]
+
+
+# ---- repeating, interrupting, killing
+
+
+def run(step, *args, **options):
+    command = [sys.executable, "-m", "tests.small", step, *map(str, args)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
+    )
+
+
+def wait_for(path, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
+
+
+TRAIN = ["--dataset", "tiny", *WIDTH, *FP32, "--threads", 1, "--epoch", 3, "--batch-size", 32]
+THREADS = ["--threads", 1]
+
+
+def arguments(step, folder, into):
+    if step == "train":
+        return [step, "--output-dir", into, *TRAIN]
+    return [step, "--output-dir", into, *source(folder), *MASKS, *FP32, *THREADS, "--nb-iter", 30]
+
+
+RESULTS = {"train": ["last_model.th", "model_init.th", "trigger_info.th"], "optimize": ["mask_values.txt"]}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(trained, tmp_path_factory):
+    """What both steps give when nothing happens; the same arguments as in the tests below."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    for step in RESULTS:
+        process = run(*arguments(step, trained, folder))
+        assert process.wait() == 0, process.communicate()
+    return {name: (folder / name).read_bytes() for names in RESULTS.values() for name in names}
+
+
+@pytest.mark.parametrize("step", RESULTS)
+def test_same_seed_same_bytes(step, trained, tmp_path, uninterrupted):
+    process = run(*arguments(step, trained, tmp_path))
+    assert process.wait() == 0
+    for name in RESULTS[step]:
+        assert (tmp_path / name).read_bytes() == uninterrupted[name]
+
+
+@pytest.mark.parametrize("step", RESULTS)
+def test_killed_again_and_again_ends_bit_identical(step, trained, tmp_path, uninterrupted):
+    command, kills = arguments(step, trained, tmp_path), 0
+    state = tmp_path / f"{step}_resume.th"
+    for delay in (0.0, 0.25, 0.4):
+        process = run(*command, "--resume")
+        seen = state.stat().st_mtime_ns if state.exists() else 0
+        while process.poll() is None and (not state.exists() or state.stat().st_mtime_ns == seen):
+            time.sleep(0.005)
+        time.sleep(delay)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.communicate()
+    process = run(*command, "--resume")
+    assert process.wait() == 0, process.communicate()
+    assert kills
+    for name in RESULTS[step]:
+        assert (tmp_path / name).read_bytes() == uninterrupted[name], name
+    assert not state.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_ends_in_one_line_and_resumes(number, tmp_path, trained, uninterrupted):
+    process = run(*arguments("train", trained, tmp_path))
+    state = tmp_path / "train_resume.th"
+    wait_for(state, process)
+    process.send_signal(number)
+    _, error = process.communicate()
+    assert process.returncode == 130 and re.fullmatch(r"train: interrupted; continue with --resume .*\n", error)
+    refused = run(*arguments("train", trained, tmp_path))
+    _, error = refused.communicate()
+    assert refused.returncode == 1 and "add --resume to continue it or --overwrite" in error
+    assert state.exists(), "nothing is lost"
+    other = run(*arguments("train", trained, tmp_path), "--resume", "--seed", 5)
+    _, error = other.communicate()
+    assert other.returncode == 1 and "--seed is 5 but was 0" in error
+    process = run(*arguments("train", trained, tmp_path), "--resume")
+    out, _ = process.communicate()
+    assert process.returncode == 0
+    assert [line.split()[0] for line in out.splitlines() if line.split()[0].isdigit()] == ["1", "2", "3"]
+    for name in RESULTS["train"]:
+        assert (tmp_path / name).read_bytes() == uninterrupted[name], name
+
+
+def test_resume_of_a_complete_run_changes_nothing(folder, trained, capsys):
+    args = ["--output-dir", str(folder), *source(trained), "--precision", "fp32"]
+    args += ["--val-frac", "0.1", "--nb-iter", "4", "--print-every", "2", "--batch-size", "32"]
+    before = (folder / "mask_values.txt").stat().st_mtime_ns
+    assert optimize.main([*args, "--resume"]) == 0
+    assert "nothing to resume" in capsys.readouterr().out
+    assert (folder / "mask_values.txt").stat().st_mtime_ns == before
+
+
+def test_second_process_is_refused(tmp_path, trained):
+    process = run(*arguments("train", trained, tmp_path), "--epoch", 1000)
+    wait_for(tmp_path / "train_resume.th", process)
+    second = run(*arguments("train", trained, tmp_path), "--resume")
+    _, error = second.communicate()
+    process.kill()
+    process.communicate()
+    assert second.returncode == 1 and "another process works in this folder" in error and error.count("\n") == 1
+
+
+def test_full_disk(tmp_path, trained):
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    process = run(*arguments("train", trained, tmp_path), preexec_fn=limit)
+    _, error = process.communicate()
+    assert process.returncode == 1 and error.count("\n") == 1 and "File too large" in error
+    assert not [
+        path for path in tmp_path.iterdir() if path.name.endswith((".part", ".th")) and "trigger" not in path.name
+    ]
+
+
+def test_from_any_folder_and_no_bar_without_a_terminal(tmp_path, trained):
+    command = [sys.executable, str(ROOT / "prune_neuron_cifar.py"), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True)
+    text = " ".join(done.stdout.split())
+    assert done.returncode == 0 and "(default: ./save)" in text and "--max-acc-drop POINTS" in text
+    process = run(*arguments("optimize", trained, "out"), cwd=tmp_path)
+    out, error = process.communicate()
+    assert process.returncode == 0 and error == "" and "\r" not in out
+    assert (tmp_path / "out" / "mask_values.txt").exists() and not (ROOT / "out").exists()
