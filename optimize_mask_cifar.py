@@ -113,7 +113,10 @@ def optimize(args: argparse.Namespace, run: Run) -> None:
     state = AnpState.start(noisy)
     means = Means(torch.zeros(4, device=runtime.device), 0)
     if run.saved:
-        state, means = AnpState(*run.saved["state"]), Means(*run.saved["means"])
+        iteration, *vectors = run.saved["state"]
+        state = AnpState(iteration, *(vector.to(runtime.device) for vector in vectors))
+        sums, count = run.saved["means"]
+        means = Means(sums.to(runtime.device), count)
     run.snapshot = lambda: {
         "state": [state.iteration, state.mask, state.momentum],
         "means": [means.sums, means.count],

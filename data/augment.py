@@ -1,5 +1,7 @@
 """Augmentation and normalisation of whole batches on the device that holds the images."""
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,12 +37,17 @@ def random_crop_flip(images: Tensor, generator: torch.Generator, padding: int = 
     return padded.reshape(-1, channels)[flat.reshape(-1)].reshape(images.shape)
 
 
+@lru_cache(maxsize=8)
+def _constants(normalization: Normalization, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and std on the 0..255 scale; kept, since copying them to a GPU would make each batch wait."""
+    return tuple(torch.tensor(part, device=device) * 255 for part in (normalization.mean, normalization.std))
+
+
 def normalize(images: Tensor, normalization: Normalization) -> Tensor:
     """Scale to 0..1, subtract the mean and divide by the standard deviation.
 
     Shape:
         uint8 (B, H, W, C) -> float32 (B, C, H, W) in channels-last memory format.
     """
-    mean = torch.tensor(normalization.mean, device=images.device) * 255
-    std = torch.tensor(normalization.std, device=images.device) * 255
+    mean, std = _constants(normalization, images.device)
     return ((images.float() - mean) / std).permute(0, 3, 1, 2)

@@ -56,16 +56,16 @@ def _object_coordinates(count: int, generator: torch.Generator) -> tuple[Tensor,
 
 
 def _clutter(count: int, generator: torch.Generator) -> Tensor:
-    """Return backgrounds (B, 3, H, W) in 0..1: smooth shades crossed by a few strokes."""
+    """Return backgrounds (B, 3, H, W) in 0..1: smooth shades crossed by two soft strokes."""
     shades = _uniform(generator, count, 3, 5, 5)
-    image = F.interpolate(shades, size=(SIZE, SIZE), mode="bilinear", align_corners=True) * 0.6 + 0.2
+    image = F.interpolate(shades, size=(SIZE, SIZE), mode="bilinear", align_corners=True) * 0.4 + 0.3
     axis = torch.arange(SIZE, dtype=torch.float32) - SIZE / 2
-    for _ in range(3):
+    for _ in range(2):
         angle = _uniform(generator, count, 1, 1, high=math.pi)
         offset = _uniform(generator, count, 1, 1, low=-14, high=14)
         distance = axis * torch.cos(angle) + axis[:, None] * torch.sin(angle) - offset
-        colour = _uniform(generator, count, 3, 1, 1)
-        image = torch.where((distance.abs() < 0.8)[:, None], colour, image)
+        colour = _uniform(generator, count, 3, 1, 1, low=0.25, high=0.75)
+        image = image + (colour - image) * (0.5 * torch.exp(-((distance / 1.5) ** 2)))[:, None]
     return image
 
 
@@ -75,12 +75,12 @@ def _draw_chunk(labels: Tensor, generator: torch.Generator) -> Tensor:
     background = _clutter(count, generator)
     shapes = torch.stack(_inside(*_object_coordinates(count, generator)))  # (10, B, H, W)
     shape = shapes[labels, torch.arange(count)][:, None]  # (B, 1, H, W)
-    colour = _uniform(generator, count, 3, 1, 1)
+    colour = _uniform(generator, count, 3, 1, 1, low=0.25, high=0.75)
     # Push the colour away from the mean background, or some objects could not be seen.
     contrast = colour - background.mean((2, 3), keepdim=True)
-    colour = (colour + 0.35 * contrast / contrast.norm(dim=1, keepdim=True).clamp_min(0.05)).clamp(0, 1)
+    colour = (colour + 0.15 * contrast / contrast.norm(dim=1, keepdim=True).clamp_min(0.05)).clamp(0.1, 0.9)
     image = torch.where(shape, colour, background)
-    noise = torch.randn(image.shape, generator=generator) * _uniform(generator, count, 1, 1, 1, low=0.02, high=0.1)
+    noise = torch.randn(image.shape, generator=generator) * _uniform(generator, count, 1, 1, 1, low=0.0, high=0.02)
     return ((image + noise).clamp(0, 1) * 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 

@@ -160,9 +160,13 @@ def _iterate(network: nn.Module, config: AnpConfig, state: AnpState, batch: tupl
     return loss, natural_loss.detach(), perturbed_loss.detach(), accuracy
 
 
-def _draw_batch(
+def draw_batch(
     images: Tensor, labels: Tensor, state: AnpState, config: AnpConfig, transform: Transform | None
 ) -> tuple[Tensor, ...]:
+    """Draw what one iteration needs: images (B, ...), labels (B,), and the perturbation's start d and x, (n,) each.
+
+    It depends on ``config.seed`` and ``state.iteration`` alone. Arguments as for ``optimize_masks``.
+    """
     generator = seeded_generator(config.seed, "mask iteration", state.iteration, device=images.device)
     index = torch.randint(len(labels), (config.batch_size,), generator=generator, device=images.device)
     batch = images[index] if transform is None else transform(images[index], generator)
@@ -212,7 +216,7 @@ def optimize_masks(
     _assign(layers, state.mask.clone())
     iterate = None
     while state.iteration < config.iterations:
-        batch = _draw_batch(images, labels, state, config, transform)
+        batch = draw_batch(images, labels, state, config, transform)
         for layer in layers:
             layer.train()
         iterate = iterate or replayed(lambda batch: _iterate(network, config, state, batch), state, batch)

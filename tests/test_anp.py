@@ -13,7 +13,7 @@ from data.datasets import SYNTHETIC_NORMALIZATION
 from data.synthetic import draw_images
 from defenses import AnpConfig, AnpState, mask_values, optimize_masks
 from defenses import anp as module
-from defenses.anp import _draw_batch, _iterate, apply_masks
+from defenses.anp import _iterate, apply_masks, draw_batch
 from models import build_model, convert_noisy_batchnorm, noisy_layers
 from utils.checkpoints import load_strictly, read_state_dict
 
@@ -43,7 +43,7 @@ def test_equals_the_plain_loop(network, images, labels, changes):
     state = AnpState.start(noisy)
     for step in optimize_masks(noisy, images, labels, config, state=state):
         start = AnpState(step.iteration - 1, state.mask, state.momentum)
-        batch, batch_labels, *noise = _draw_batch(images, labels, start, config, None)
+        batch, batch_labels, *noise = draw_batch(images, labels, start, config, None)
         loss = plain.iterate(batch, batch_labels, noise)
         assert step.loss.item() == pytest.approx(loss, rel=loss_tolerance)
         torch.testing.assert_close(state.mask, plain.mask(), atol=mask_tolerance, rtol=0)
@@ -97,7 +97,7 @@ def test_eps_zero_is_the_natural_loss_alone(network, images, labels):
     reference = copy.deepcopy(noisy)
     config = settings(eps=0.0, iterations=1)
     step = next(iter(optimize_masks(noisy, images, labels, config)))
-    batch, batch_labels, *_ = _draw_batch(images, labels, AnpState.start(reference), config, None)
+    batch, batch_labels, *_ = draw_batch(images, labels, AnpState.start(reference), config, None)
     for layer in noisy_layers(reference).values():
         layer.train()
         layer.mask.requires_grad_()
@@ -168,7 +168,7 @@ def test_no_host_sync_inside_an_iteration(network, images, labels):
 
     noisy = convert_noisy_batchnorm(network)
     config, state = settings(), AnpState.start(noisy)
-    batch = _draw_batch(images, labels, state, config, None)
+    batch = draw_batch(images, labels, state, config, None)
     with NoSync():
         _iterate(noisy, config, state, batch)
 

@@ -136,7 +136,8 @@ def fit(
     if run.saved:
         network.load_state_dict(run.saved["network"])
         optimizer.load_state_dict(run.saved["optimizer"])
-        state = TrainState(*run.saved["state"])
+        epoch, batch, *sums = run.saved["state"]
+        state = TrainState(epoch, batch, *(value.to(train.images.device) for value in sums))
     run.snapshot = lambda: {
         "network": network.state_dict(),
         "optimizer": optimizer.state_dict(),
