@@ -19,16 +19,22 @@ from functools import partial
 import torch
 from torch import nn
 
-from data.augment import normalize, random_crop_flip
+from data.augment import make_transform
 from defenses import AnpConfig, AnpState, AnpStep, mask_values, optimize_masks
-from defenses.anp import apply_masks
+from defenses.anp import apply_masks, set_masks
 from models import convert_noisy_batchnorm
-from utils.arguments import add_anp_arguments, add_network_arguments, add_run_arguments, make_parser
+from utils.arguments import (
+    add_anp_arguments,
+    add_compute_arguments,
+    add_network_arguments,
+    add_output_arguments,
+    add_seed_argument,
+    make_parser,
+)
 from utils.evaluation import percent
 from utils.mask_file import write_masks
 from utils.plots import plot_masks
 from utils.run import Run, announce, command_line, run_script
-from utils.runtime import prepare_runtime
 from utils.subject import Subject, load_subject
 
 COLUMNS = {
@@ -49,7 +55,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
     add_network_arguments(parser)
     add_anp_arguments(parser)
-    add_run_arguments(parser, resumable=True)
+    add_seed_argument(parser)
+    add_compute_arguments(parser)
+    add_output_arguments(parser, resumable=True)
     return parser
 
 
@@ -96,7 +104,7 @@ def add_row(run: Run, subject: Subject, noisy: nn.Module, state: AnpState, means
 
 def optimize(args: argparse.Namespace, run: Run) -> None:
     """Carry out step 2 in the run's folder."""
-    runtime = prepare_runtime(args.device, args.precision, args.threads)
+    runtime = run.prepare_runtime()
     subject = load_subject(args, runtime)
     config = AnpConfig(
         args.anp_eps,
@@ -115,30 +123,27 @@ def optimize(args: argparse.Namespace, run: Run) -> None:
     if run.saved:
         iteration, *vectors = run.saved["state"]
         state = AnpState(iteration, *(vector.to(runtime.device) for vector in vectors))
+        set_masks(noisy, state.mask)
         sums, count = run.saved["means"]
         means = Means(sums.to(runtime.device), count)
+    log = run.table(COLUMNS)
     run.snapshot = lambda: {
         "state": [state.iteration, state.mask, state.momentum],
         "means": [means.sums, means.count],
     }
-    log = run.table(COLUMNS)
-
-    def transform(images, generator):
-        return normalize(random_crop_flip(images, generator), subject.normalization)
 
     def add_row_if_due():
         due = state.iteration % args.print_every == 0 or state.iteration == args.nb_iter
         if due and (not log.rows or log.rows[-1]["iteration"] < state.iteration):
             add_row(run, subject, noisy, state, means)
 
-    steps = means.watch(
-        optimize_masks(noisy, subject.defender.images, subject.defender.labels, config, transform, state)
-    )
+    defender, transform = subject.defender, make_transform(subject.normalization)
+    steps = means.watch(optimize_masks(noisy, defender.images, defender.labels, config, transform, state))
     add_row_if_due()
     for _ in run.track(steps, args.nb_iter, state.iteration, "masks", "iteration"):
         add_row_if_due()
     neurons = mask_values(noisy)
-    write_masks(run.folder / "mask_values.txt", neurons)
+    write_masks(run.folder / "mask_values.txt", neurons, subject.card["repaired_from"]["sha256"])
     plot_masks(run.folder / "mask_values.png", neurons)
     announce(f"saved {run.folder / 'mask_values.txt'}: {len(neurons)} neurons; {run.seconds:.0f} s")
 

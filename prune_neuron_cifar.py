@@ -29,18 +29,24 @@ from defenses.pruning import (
     threshold_point,
     threshold_points,
 )
-from utils.arguments import add_network_arguments, add_pruning_arguments, add_run_arguments, make_parser
+from utils.arguments import (
+    DEFAULT_SWEEP,
+    DEFAULT_THRESHOLD,
+    SWEEP_SHARES,
+    add_compute_arguments,
+    add_network_arguments,
+    add_output_arguments,
+    add_pruning_arguments,
+    make_parser,
+)
 from utils.cards import save_with_card
 from utils.evaluation import Report, percent
-from utils.mask_file import read_masks
+from utils.mask_file import check_source, read_masks
 from utils.plots import plot_sweep
 from utils.pruning_file import write_sweep
 from utils.run import Run, announce, command_line, run_script, versions
-from utils.runtime import prepare_runtime
 from utils.subject import Subject, load_subject
 
-PAPER_THRESHOLD = 0.2
-SHARES = 80  # a sweep by number takes steps of 1/80 of the neurons, 1.25 %, as in the release's figure
 COLUMNS = {
     "pruned": "6d",
     "pruned %": "6.2f",
@@ -57,7 +63,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
     add_network_arguments(parser)
     add_pruning_arguments(parser)
-    add_run_arguments(parser, resumable=False)
+    add_compute_arguments(parser)
+    add_output_arguments(parser, resumable=False)
     return parser
 
 
@@ -69,6 +76,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error(
             f"--pruning-max {args.pruning_max:g}: masks lie in 0..1 (a number of neurons needs --pruning-by number)"
         )
+    if args.pruning_by == "threshold" and args.pruning_step is not None and args.pruning_step < 1e-4:
+        parser.error(f"--pruning-step {args.pruning_step:g}: masks have 4 decimals, a smaller step shows nothing new")
     for name in ("pruning_max", "pruning_step"):
         value = getattr(args, name)
         if args.pruning_by == "number" and value is not None and not (value >= 1 and value == int(value)):
@@ -81,10 +90,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def plan(args: argparse.Namespace, neurons: list[Neuron]) -> list[PruningPoint]:
     """Return the points of the sweep."""
     if args.pruning_by == "threshold":
-        maximum = 0.9 if args.pruning_max is None else args.pruning_max
-        return threshold_points(neurons, maximum, args.pruning_step or 0.05)
+        maximum = DEFAULT_SWEEP[0] if args.pruning_max is None else args.pruning_max
+        return threshold_points(neurons, maximum, args.pruning_step or DEFAULT_SWEEP[1])
     maximum = len(neurons) if args.pruning_max is None else args.pruning_max
-    return number_points(neurons, maximum, args.pruning_step or max(1, len(neurons) // SHARES))
+    return number_points(neurons, maximum, args.pruning_step or max(1, len(neurons) // SWEEP_SHARES))
 
 
 def as_dict(row: SweepRow[Report], total: int) -> dict:
@@ -114,24 +123,36 @@ def choose(
             f"the last point of the sweep that costs at most {args.max_acc_drop:g} points of accuracy on the "
             f"{len(subject.defender)} clean images"
         )
-    threshold = PAPER_THRESHOLD if args.threshold is None else args.threshold
+    threshold = DEFAULT_THRESHOLD if args.threshold is None else args.threshold
     point = threshold_point(neurons, threshold)
     known = [row.metrics for row in rows if row.point.count == point.count]
     metrics = known[0] if known else subject.evaluator(pruned_copy(subject.network, neurons[: point.count]))
     return SweepRow(point, metrics), "the paper's fixed threshold" if args.threshold is None else "--threshold"
 
 
-def save_repaired(run: Run, subject: Subject, network: nn.Module, row: SweepRow[Report], reason: str) -> None:
+def describe(args: argparse.Namespace, point: PruningPoint) -> str:
+    """Say in words what a point prunes."""
+    if point.value is None:
+        return "prune nothing"
+    if args.pruning_by == "number" and args.max_acc_drop is not None:
+        return f"prune the {point.count} neurons of smallest mask, up to {point.value:g}"
+    return f"prune every neuron with mask <= {point.value:g}"
+
+
+def save_repaired(
+    run: Run, subject: Subject, network: nn.Module, row: SweepRow[Report], chosen: str, reason: str
+) -> None:
     """Save the repaired network, loadable like the one it came from, and its card."""
-    repair = {"method": "ANP", "threshold_or_mask": row.point.value, "pruned_neurons": row.point.count, "why": reason}
+    repair = {"method": "ANP", "chosen": chosen, "pruned_neurons": row.point.count, "why": reason}
     card = {**subject.card, "repair": repair, "metrics": row.metrics.rounded(), "command": run.command}
     save_with_card(run.folder / "repaired_model.th", network.state_dict(), {**card, "versions": versions()})
 
 
 def prune(args: argparse.Namespace, run: Run) -> None:
     """Carry out step 3 in the run's folder."""
-    runtime = prepare_runtime(args.device, args.precision, args.threads)
-    subject = load_subject(args, runtime)
+    runtime = run.prepare_runtime()
+    subject = load_subject(args, runtime, evaluation_batch=args.batch_size)
+    check_source(args.mask_file, subject.card["repaired_from"]["sha256"])
     neurons = sort_neurons(read_masks(args.mask_file, subject.network))
     points = plan(args, neurons)
     log = run.table(COLUMNS)
@@ -143,12 +164,12 @@ def prune(args: argparse.Namespace, run: Run) -> None:
     write_sweep(run.folder / f"pruning_by_{args.pruning_by}.txt", rows)
     chosen, reason = choose(args, subject, neurons, rows)
     count = chosen.point.count
-    save_repaired(run, subject, pruned_copy(subject.network, neurons[:count]), chosen, reason)
+    what = describe(args, chosen.point)
+    save_repaired(run, subject, pruned_copy(subject.network, neurons[:count]), chosen, what, reason)
     plot_sweep(
         run.folder / f"pruning_by_{args.pruning_by}.png", log.rows, args.pruning_by, as_dict(chosen, len(neurons))
     )
-    value = "nothing" if chosen.point.value is None else f"every neuron with mask <= {chosen.point.value:g}"
-    announce(f"chosen: prune {value} ({reason}): {count} of {len(neurons)} neurons, {100 * count / len(neurons):.2f} %")
+    announce(f"chosen: {what} ({reason}): {count} of {len(neurons)} neurons, {100 * count / len(neurons):.2f} %")
     announce(f"before: {rows[0].metrics}")
     announce(f"after:  {chosen.metrics}")
     announce(f"saved {run.folder / 'repaired_model.th'}; {run.seconds:.0f} s")

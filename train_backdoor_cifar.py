@@ -23,14 +23,19 @@ from data.attacks import ATTACKS, AttackConfig, PoisonedSet
 from data.datasets import Dataset, ImageSet, load_dataset
 from data.errors import InputError
 from data.seeding import seeded_generator
-from data.split import attacker_index, load_permutation, permutation_digest
+from data.split import absolute, attacker_index, load_permutation, permutation_digest
 from data.triggers import Trigger
 from models import build_model
 from utils.arguments import (
+    DEFAULT_MILESTONES,
+    DEFAULT_POISON_RATE,
+    DEFAULT_TARGET,
     add_attack_arguments,
+    add_compute_arguments,
     add_data_arguments,
     add_model_arguments,
-    add_run_arguments,
+    add_output_arguments,
+    add_seed_argument,
     add_training_arguments,
     make_parser,
 )
@@ -38,7 +43,7 @@ from utils.cards import save_with_card
 from utils.evaluation import Evaluator
 from utils.plots import plot_images, plot_training
 from utils.run import Run, announce, command_line, run_script, versions
-from utils.runtime import Runtime, prepare_runtime
+from utils.runtime import Runtime
 from utils.training import TrainConfig, fit
 from utils.trigger_file import save_trigger
 
@@ -50,7 +55,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_attack_arguments(parser)
     add_model_arguments(parser, from_card=False)
     add_data_arguments(parser, default_dataset="cifar10")
-    add_run_arguments(parser, resumable=True)
+    add_seed_argument(parser)
+    add_compute_arguments(parser)
+    add_output_arguments(parser, resumable=True)
     return parser
 
 
@@ -61,7 +68,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     attack = ATTACKS[args.poison_type]
     unused = {"--clb-dir": args.clb_dir and not (attack and attack.needs_folder)}
     unused["--poison-rate"] = args.poison_rate is not None and (attack is None or attack.needs_folder)
-    unused["--trigger-alpha"] = args.trigger_alpha is not None and attack is None
+    unused["--trigger-alpha"] = args.trigger_alpha is not None and (attack is None or attack.needs_folder)
     unused["--poison-target"] = args.poison_target is not None and attack is None
     for flag, contradicts in unused.items():
         if contradicts:
@@ -82,11 +89,11 @@ def poison(args: argparse.Namespace, dataset: Dataset, train_index: torch.Tensor
     attack = ATTACKS[args.poison_type]
     if attack is None:
         return None, {"poison_type": args.poison_type}
-    target = args.poison_target or 0
+    target = DEFAULT_TARGET if args.poison_target is None else args.poison_target
     if target >= dataset.num_classes:
         raise InputError(f"--poison-target {target}: {dataset.name} has the classes 0..{dataset.num_classes - 1}")
     alpha = attack.default_alpha if args.trigger_alpha is None else args.trigger_alpha
-    config = AttackConfig(target, args.poison_rate or 0.05, alpha, args.seed, args.clb_dir)
+    config = AttackConfig(target, args.poison_rate or DEFAULT_POISON_RATE, alpha, args.seed, args.clb_dir)
     poisoned = attack.poison(dataset.train, train_index, config)
     count = len(poisoned.trigger.data_index)
     share = 100 * count / len(train_index)
@@ -121,7 +128,7 @@ def make_card(
         "num_classes": dataset.num_classes,
         "dataset": dataset.name,
         "normalization": asdict(dataset.normalization),
-        "split": {"file": args.split_file, "sha256": permutation_digest(permutation)},
+        "split": {"file": absolute(args.split_file), "sha256": permutation_digest(permutation)},
         "attack": attack,
         "seed": args.seed,
         "command": run.command,
@@ -137,9 +144,29 @@ def write_trigger(run: Run, clean_test: ImageSet, trigger: Trigger) -> None:
     plot_images(run.folder / "clean_and_triggered.png", clean, trigger.stamp(clean, index))
 
 
+def clear_folder(run: Run) -> None:
+    """Make sure that nothing of an older training is left to be taken for this one's.
+
+    Raises:
+        InputError: a trained network is there and ``--overwrite`` was not given.
+    """
+    if (run.folder / "last_model.th").exists() and not run.overwriting:
+        raise InputError(f"{run.folder / 'last_model.th'} is there already; choose another --output-dir or --overwrite")
+    for pattern in (
+        "last_model.*",
+        "model_*.th",
+        "model_*.json",
+        "trigger_info.th",
+        "clean_and_triggered.png",
+        "train_*",
+    ):
+        for path in run.folder.glob(pattern):
+            path.unlink()
+
+
 def train(args: argparse.Namespace, run: Run) -> None:
     """Carry out step 1 in the run's folder."""
-    runtime = prepare_runtime(args.device, args.precision, args.threads)
+    runtime = run.prepare_runtime()
     dataset = load_dataset(args.dataset, args.data_dir, runtime.device)
     permutation = load_permutation(args.split_file, len(dataset.train))
     train_index = attacker_index(permutation)
@@ -152,18 +179,17 @@ def train(args: argparse.Namespace, run: Run) -> None:
         args.batch_size,
         args.lr,
         args.lr_schedule,
-        tuple(args.schedule or (100, 150)),
+        tuple(args.schedule or DEFAULT_MILESTONES),
         seed=args.seed,
         precision=runtime.precision,
     )
     network = start_network(args, dataset, runtime)
     card = make_card(args, run, dataset, permutation, attack_card)
-    for stale in ("trigger_info.th", "clean_and_triggered.png"):
-        (run.folder / stale).unlink(missing_ok=True)
+    if not run.saved:
+        clear_folder(run)
+        save_with_card(run.folder / "model_init.th", network.state_dict(), {**card, "epochs": 0})
     if trigger:
         write_trigger(run, dataset.test, trigger)
-    if not run.saved:
-        save_with_card(run.folder / "model_init.th", network.state_dict(), {**card, "epochs": 0})
     for row, report in fit(run, network, train_set, dataset.normalization, config, evaluator):
         described = {**card, "epochs": row["epoch"], "metrics": report.rounded()}
         if row["epoch"] % args.save_every == 0:

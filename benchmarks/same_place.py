@@ -15,12 +15,12 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.plain import PlainMasks
-from data.augment import normalize, random_crop_flip
+from data.augment import make_transform
 from defenses import AnpConfig, AnpState, Neuron, mask_values, optimize_masks
 from defenses.anp import draw_batch
 from defenses.pruning import sort_neurons, sweep, threshold_points
 from models import convert_noisy_batchnorm
-from utils.arguments import add_network_arguments, add_run_arguments, make_parser, number
+from utils.arguments import add_compute_arguments, add_network_arguments, add_seed_argument, make_parser, number
 from utils.evaluation import percent
 from utils.runtime import prepare_runtime
 from utils.subject import Subject, load_subject
@@ -31,7 +31,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
     parser.add_argument("--nb-iter", type=number(int, 1), default=200, metavar="N", help="mask updates, 1 or more")
     add_network_arguments(parser)
-    add_run_arguments(parser, resumable=False)
+    add_seed_argument(parser)
+    add_compute_arguments(parser)
     return parser
 
 
@@ -40,9 +41,7 @@ def learn_masks(subject: Subject, config: AnpConfig) -> tuple[list[Neuron], list
     images, labels = subject.defender.images, subject.defender.labels
     noisy, plain = convert_noisy_batchnorm(subject.network), PlainMasks(subject.network, config)
     plain.network.to(memory_format=torch.contiguous_format)
-
-    def transform(batch, generator):
-        return normalize(random_crop_flip(batch, generator), subject.normalization)
+    transform = make_transform(subject.normalization)
 
     steps = optimize_masks(noisy, images, labels, config, transform)
     for step in tqdm(steps, total=config.iterations, disable=None):

@@ -22,13 +22,20 @@ from torch.utils.data import RandomSampler
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.plain import PlainMasks, plain_evaluate, plain_loader, plain_train
-from data.augment import normalize, random_crop_flip
+from data.augment import make_transform
 from data.datasets import Dataset, load_dataset
 from data.split import attacker_index, defender_index, draw_permutation
 from defenses import AnpConfig, AnpState, optimize_masks
 from models import build_model, convert_noisy_batchnorm
-from utils.arguments import add_data_arguments, add_model_arguments, add_run_arguments, make_parser, number
-from utils.evaluation import BATCH_SIZE, evaluate, inference_copy
+from utils.arguments import (
+    add_compute_arguments,
+    add_data_arguments,
+    add_model_arguments,
+    add_seed_argument,
+    make_parser,
+    number,
+)
+from utils.evaluation import EVALUATION_BATCH, evaluate, inference_copy
 from utils.run import versions
 from utils.runtime import Runtime, prepare_runtime
 from utils.training import TrainConfig, TrainState, make_optimizer, train_epoch
@@ -43,8 +50,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batches", type=number(int, 1), default=3, help="batches in a timed stretch, 1 or more")
     parser.add_argument("--rounds", type=number(int, 1), default=3, help="stretches of each loop, 1 or more")
     add_model_arguments(parser, from_card=False)
-    add_data_arguments(parser, default_dataset="cifar10")
-    add_run_arguments(parser, resumable=False)
+    add_data_arguments(parser, default_dataset="cifar10", split=False)
+    add_seed_argument(parser)
+    add_compute_arguments(parser)
     return parser
 
 
@@ -102,9 +110,7 @@ def step_2(args: argparse.Namespace, dataset: Dataset, network: nn.Module, runti
     loader = torch.utils.data.DataLoader(
         loader.dataset, args.batch_size, sampler=RandomSampler(loader.dataset, True, 10**9)
     )
-
-    def transform(images, generator):
-        return normalize(random_crop_flip(images, generator), dataset.normalization)
+    transform = make_transform(dataset.normalization)
 
     steps = optimize_masks(noisy, defender.images, defender.labels, config, transform, state)
     batches = ([part.to(runtime.device) for part in batch] for batch in loader)
@@ -118,7 +124,7 @@ def step_2(args: argparse.Namespace, dataset: Dataset, network: nn.Module, runti
 
 def step_3(args: argparse.Namespace, dataset: Dataset, network: nn.Module, runtime: Runtime) -> tuple:
     """Return the plain and the fast evaluation of step 3, and the images in a stretch."""
-    count = 5 * BATCH_SIZE  # several batches, since folding comes once a row
+    count = 5 * EVALUATION_BATCH  # several batches, since folding comes once a row
     images = dataset.test[torch.arange(count)]
     loader = plain_loader(images.to("cpu"), dataset.normalization, train=False, batch_size=args.batch_size)
     plain = build_model(args.arch, dataset.num_classes, args.widen_factor).to(runtime.device)
@@ -127,11 +133,8 @@ def step_3(args: argparse.Namespace, dataset: Dataset, network: nn.Module, runti
     def run_fast():  # folding is part of every row of the sweep
         evaluate(inference_copy(network, runtime.precision), images, dataset.normalization, runtime.precision)
 
-    batches = [None]
-
     def run_plain():
-        batches[0] = ([part.to(runtime.device) for part in batch] for batch in loader)
-        plain_evaluate(plain, batches[0])
+        plain_evaluate(plain, ([part.to(runtime.device) for part in batch] for batch in loader))
 
     return run_plain, run_fast, count
 

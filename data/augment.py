@@ -1,5 +1,6 @@
 """Augmentation and normalisation of whole batches on the device that holds the images."""
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -51,3 +52,12 @@ def normalize(images: Tensor, normalization: Normalization) -> Tensor:
     """
     mean, std = _constants(normalization, images.device)
     return ((images.float() - mean) / std).permute(0, 3, 1, 2)
+
+
+def make_transform(normalization: Normalization) -> Callable[[Tensor, torch.Generator], Tensor]:
+    """Return the augmentation and normalisation of step 2: uint8 (B, H, W, 3) -> float32 (B, 3, H, W)."""
+
+    def transform(images: Tensor, generator: torch.Generator) -> Tensor:
+        return normalize(random_crop_flip(images, generator), normalization)
+
+    return transform

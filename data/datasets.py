@@ -1,6 +1,7 @@
 """Datasets as uint8 tensors held in memory."""
 
 from dataclasses import dataclass, replace
+from http.client import HTTPException
 from pathlib import Path
 
 import torch
@@ -72,7 +73,7 @@ def load_cifar10(root: str | Path) -> Dataset:
     Raises:
         InputError: there is no intact copy and none can be downloaded.
     """
-    root = Path(root).expanduser()
+    root = Path(root)
     try:
         CIFAR10(root)
     except RuntimeError:
@@ -84,8 +85,8 @@ def load_cifar10(root: str | Path) -> Dataset:
 def _download_cifar10(root: Path) -> None:
     try:
         CIFAR10(root, download=True)
-    except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+    except (OSError, RuntimeError, HTTPException) as error:
+        reason = " ".join(str(error).split())
         raise InputError(
             f"no intact CIFAR-10 in {root.absolute()} and the download failed ({reason}): unpack there "
             "cifar-10-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html, name its folder with --data-dir, "

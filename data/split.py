@@ -33,10 +33,12 @@ def read_permutation(path: str | Path, size: int) -> Tensor:
     Raises:
         InputError: the file cannot be read, or is no permutation of 0..size-1.
     """
+    if not Path(path).is_file():
+        raise InputError(f"split file {path}: no such file")
     try:
         entries = np.array([int(word) for word in Path(path).read_text(encoding="ascii").split()], dtype=np.int64)
-    except (OSError, ValueError, OverflowError) as error:
-        raise InputError(f"split file {path}: {error}; expected {size} whole numbers, one a line") from error
+    except (ValueError, OverflowError) as error:
+        raise InputError(f"split file {path}: expected {size} whole numbers, one a line") from error
     if len(entries) != size:
         raise InputError(f"split file {path}: {len(entries)} entries, but the dataset has {size} training images")
     outside = entries[(entries < 0) | (entries >= size)]
@@ -54,6 +56,11 @@ def load_permutation(path: str | Path | None, size: int) -> Tensor:
         InputError: as ``read_permutation``.
     """
     return read_permutation(path, size) if path else draw_permutation(size)
+
+
+def absolute(path: str | None) -> str | None:
+    """Return a split file's path as a model card names it, so that it is found from any folder."""
+    return str(Path(path).absolute()) if path else None
 
 
 def permutation_digest(permutation: Tensor) -> str:

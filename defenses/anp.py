@@ -116,6 +116,11 @@ def _assign(layers: list[NoisyBatchNorm], mask: Tensor, noise: tuple[Tensor, Ten
             layer.weight_noise, layer.bias_noise = d, x
 
 
+def set_masks(network: nn.Module, mask: Tensor) -> None:
+    """Copy a vector of all masks, float32 (n,), into the layers of a converted network."""
+    _assign(list(noisy_layers(network).values()), mask.clone())
+
+
 def _ascend(loss_of: Callable, mask: Tensor, noise: tuple[Tensor, Tensor], config: AnpConfig) -> tuple[Tensor, Tensor]:
     """Equation 4: sign-gradient ascent of the perturbed loss from a random start."""
     for _ in range(config.steps):
@@ -213,7 +218,7 @@ def optimize_masks(
     state = AnpState.start(network) if state is None else state
     layers = list(noisy_layers(network).values())
     network.requires_grad_(False).eval()
-    _assign(layers, state.mask.clone())
+    set_masks(network, state.mask)
     iterate = None
     while state.iteration < config.iterations:
         batch = draw_batch(images, labels, state, config, transform)
@@ -222,7 +227,7 @@ def optimize_masks(
         iterate = iterate or replayed(lambda batch: _iterate(network, config, state, batch), state, batch)
         values = iterate(batch)
         network.eval()
-        _assign(layers, state.mask.clone())
+        set_masks(network, state.mask)
         state.iteration += 1
         yield AnpStep(state.iteration, *values)
 

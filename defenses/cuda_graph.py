@@ -26,6 +26,11 @@ def replayed(iterate: Callable, state: "AnpState", batch: tuple[Tensor, ...]) ->
     """
     if batch[0].device.type != "cuda":
         return iterate
+    with torch.cuda.device(batch[0].device):
+        return _record(iterate, state, batch)
+
+
+def _record(iterate: Callable, state: "AnpState", batch: tuple[Tensor, ...]) -> Callable:
     inputs = tuple(part.clone(memory_format=torch.preserve_format) for part in batch)
     saved = state.mask.clone(), state.momentum.clone()
     side = torch.cuda.Stream()

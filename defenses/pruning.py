@@ -1,6 +1,7 @@
 """Prune the neurons whose mask came out small (Wu & Wang, NeurIPS 2021, section 4.3)."""
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
@@ -70,7 +71,7 @@ def check_neurons(network: nn.Module, neurons: Iterable[Neuron]) -> None:
     layers = dict(network.named_modules())
     for neuron in neurons:
         layer = layers.get(neuron.layer)
-        if not isinstance(layer, _BatchNorm) or not layer.affine:
+        if not isinstance(layer, _BatchNorm) or layer.weight is None:
             raise ValueError(f"the network has no affine BatchNorm {neuron.layer!r}")
         if not 0 <= neuron.index < layer.num_features:
             raise ValueError(f"{neuron.layer} has {layer.num_features} channels, there is no channel {neuron.index}")
@@ -84,9 +85,12 @@ def prune_neurons(network: nn.Module, neurons: Iterable[Neuron]) -> None:
     """
     neurons = list(neurons)
     check_neurons(network, neurons)
+    channels = defaultdict(list)
+    for layer, index, _ in neurons:
+        channels[layer].append(index)
     with torch.no_grad():
-        for layer, index, _ in neurons:
-            network.get_submodule(layer).weight[index] = 0
+        for layer, indices in channels.items():
+            network.get_submodule(layer).weight[indices] = 0
 
 
 def pruned_copy(network: nn.Module, neurons: Iterable[Neuron]) -> nn.Module:

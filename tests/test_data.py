@@ -58,13 +58,13 @@ def test_split_file(tmp_path):
         ("2\n0\n2\n", 3, "repeat"),
         ("2\n0\n3\n", 3, "outside"),
         ("2\n0\n-1\n", 3, "outside"),
-        ("a b c", 3, "invalid literal"),
+        ("a b c", 3, "whole numbers"),
         ("99999999999999999999999\n0\n1", 3, "whole numbers"),
     ]:
         path.write_text(text)
         with pytest.raises(InputError, match=message):
             read_permutation(path, size)
-    with pytest.raises(InputError, match="No such file"):
+    with pytest.raises(InputError, match="no such file"):
         read_permutation(tmp_path / "none.txt", 3)
 
 
@@ -216,11 +216,16 @@ def test_clean_label_bad_folders(tmp_path, images):
     with pytest.raises(InputError, match="No such file"):
         poison()
     clean_label_folder(tmp_path, images)
+    with pytest.raises(InputError, match=r"classes \[0\], expected --poison-target 4"):
+        ATTACKS["clean-label"].poison(images, torch.arange(500), config(folder=str(tmp_path), target=4))
     np.save(tmp_path / "train_labels.npy", images.labels.numpy()[::-1])
     with pytest.raises(InputError, match="keeps the dataset's labels"):
         poison()
     np.save(tmp_path / "train_images.npy", images.images.numpy()[:7])
-    with pytest.raises(InputError, match=r"expected whole numbers of shape \(500, 32, 32, 3\)"):
+    with pytest.raises(InputError, match=r"expected one array of whole numbers of shape \(500, 32, 32, 3\)"):
+        poison()
+    np.save(tmp_path / "train_images.npy", images.images.numpy().astype(">i8") + 256)
+    with pytest.raises(InputError, match="expected 0 to 255"):
         poison()
     np.save(tmp_path / "train_images.npy", np.array([{}], dtype=object), allow_pickle=True)
     with pytest.raises(InputError, match="pickle"):

@@ -1,4 +1,5 @@
 import io
+import json
 import pickle
 import zipfile
 
@@ -14,7 +15,7 @@ from utils.cards import card_path, read_card, save_with_card
 from utils.checkpoints import load_strictly, read_state_dict, unwrap
 from utils.evaluation import Metrics, Report
 from utils.files import load_torch, save_torch, write_bytes
-from utils.mask_file import read_masks, write_masks
+from utils.mask_file import check_source, read_masks, write_masks
 from utils.pruning_file import write_sweep
 from utils.trigger_file import load_trigger, save_trigger
 
@@ -72,10 +73,12 @@ def test_truncated_checkpoint(tmp_path):
     path = tmp_path / "model.th"
     torch.save(build_model("resnet18", 10, 1 / 16).state_dict(), path)
     whole = path.read_bytes()
-    for share in (0.1, 0.5, 0.99):
-        path.write_bytes(whole[: int(share * len(whole))])
-        with pytest.raises(InputError):
-            read_state_dict(path)
+    as_legacy(path, torch.load(path))
+    for content in (whole, path.read_bytes()):
+        for share in (0.01, 0.1, 0.5, 0.99):
+            path.write_bytes(content[: int(share * len(content))])
+            with pytest.raises(InputError):
+                read_state_dict(path)
 
 
 def test_missing_file_and_folder(tmp_path):
@@ -143,6 +146,12 @@ def test_trigger_round_trip(tmp_path):
         ({"trigger_alpha": np.array([20.0])}, "trigger_alpha reaches"),
         ({"poison_target": np.array([10])}, "poison_target reaches"),
         ({"trigger_pattern": "text"}, "no array of numbers"),
+        ({"trigger_pattern": [[1, 2], [3]]}, "no array of numbers"),
+        ({"trigger_pattern": torch.ones(1, 32, 32, 3).to_sparse()}, "no array of numbers"),
+        ({"trigger_pattern": np.full((1, 32, 32, 3), 0.5)}, "not whole numbers"),
+        ({"poison_target": np.array([2.7])}, "not whole numbers"),
+        ({"trigger_alpha": torch.tensor(1j)}, "no array of numbers"),
+        ({"data_index": np.array([-1])}, "data_index reaches"),
         ({"trigger_pattern": np.full((1, 32, 32, 3), 300)}, "trigger_pattern reaches"),
     ],
 )
@@ -197,6 +206,11 @@ def test_strict_loading(network):
         ({**state, "extra": torch.ones(1)}, "1 unexpected \\(extra\\)"),
         ({**state, "linear.weight": torch.ones(3, 4)}, r"1 of another shape \(linear.weight \(3, 4\) instead of"),
         ({"a": torch.ones(1)}, "missing .* unexpected"),
+        ({**state, "bn1.bias": torch.ones(4, dtype=torch.int64)}, "bn1.bias is a torch.strided torch.int64"),
+        ({**state, "bn1.bias": torch.ones(4, dtype=torch.complex64)}, "torch.complex64"),
+        ({**state, "bn1.bias": torch.ones(4).to_sparse()}, "torch.sparse_coo"),
+        ({**state, "bn1.bias": torch.ones(4, device="meta")}, "bn1.bias is a"),
+        ({**state, "bn1.bias": torch.full((4,), 1e300, dtype=torch.float64)}, "NaN or infinite"),
         ({**state, "bn1.bias": torch.full((4,), float("nan"))}, "bn1.bias holds 4 values that are NaN"),
     ]
     for bad, message in cases:
@@ -217,8 +231,36 @@ def test_card_goes_with_its_file(tmp_path, network):
         read_card(path)
     for text in ("no json", "[]", "{}"):
         card_path(path).write_text(text)
-        with pytest.raises(InputError, match="not a model card"):
+        with pytest.raises(InputError, match="not a card"):
             read_card(path)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"arch": "alexnet"},
+        {"arch": ["resnet18"]},
+        {"widen_factor": "1"},
+        {"widen_factor": 0},
+        {"num_classes": "10"},
+        {"dataset": "svhn"},
+        {"split": None},
+        {"split": {"file": 5}},
+        {"normalization": None},
+        {"normalization": {"mean": [0.5, 0.5], "std": [1, 1, 1]}},
+        {"normalization": {"std": [0, 1, 1]}},
+        {"normalization": {"std": "abc"}},
+        {"sha256": 5},
+        {"card_version": 99},
+    ],
+)
+def test_cards_with_wrong_entries(tmp_path, network, entry):
+    path = tmp_path / "model.th"
+    save_with_card(path, network.state_dict(), {})
+    card_path(path).write_text(json.dumps({**json.loads(card_path(path).read_text()), **entry}))
+    with pytest.raises(InputError) as caught:
+        read_card(path)
+    assert "\n" not in str(caught.value)
 
 
 # ---- writing
@@ -248,7 +290,7 @@ def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
 
 def test_mask_file_bytes(tmp_path):
     path = tmp_path / "mask_values.txt"
-    write_masks(path, [Neuron("bn1", 0, 1.0), Neuron("layer4.0.shortcut.1", 17, 0.12345)])
+    write_masks(path, [Neuron("bn1", 0, 1.0), Neuron("layer4.0.shortcut.1", 17, 0.12345)], "abc")
     assert path.read_bytes() == (
         b"No \t Layer Name \t Neuron Idx \t Mask Score \n"
         b"0 \t bn1 \t 0 \t 1.0000 \n"
@@ -267,7 +309,10 @@ def all_neurons(network):
 
 def test_mask_file_round_trip(tmp_path, network):
     neurons = all_neurons(network)
-    write_masks(tmp_path / "m.txt", neurons)
+    write_masks(tmp_path / "m.txt", neurons, "abc")
+    check_source(tmp_path / "m.txt", "abc")
+    with pytest.raises(InputError, match="another checkpoint"):
+        check_source(tmp_path / "m.txt", "abd")
     assert read_masks(tmp_path / "m.txt", network) == neurons
 
 
@@ -281,7 +326,7 @@ def test_mask_file_that_does_not_fit(tmp_path, network):
         ([*neurons[:-1], neurons[-1]._replace(mask=float("nan"))], "outside 0..1"),
     ]
     for bad, message in wrong:
-        write_masks(path, bad)
+        write_masks(path, bad, "abc")
         with pytest.raises(InputError, match=message):
             read_masks(path, network)
     for text in ("", "nonsense\n", "No \t Layer Name \t Neuron Idx \t Mask Score \n1 \t bn1 \n"):

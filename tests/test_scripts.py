@@ -82,23 +82,8 @@ def test_the_repaired_network_is_a_plain_checkpoint(repaired):
     card = json.loads((repaired / "repaired_model.json").read_text())
     zeros = sum(int((m.weight == 0).sum()) for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d))
     assert zeros == card["repair"]["pruned_neurons"] > 0
-    assert (
-        prune.main(
-            [
-                "--output-dir",
-                str(repaired / "again"),
-                "--checkpoint",
-                str(repaired / "repaired_model.th"),
-                "--mask-file",
-                f"{repaired}/mask_values.txt",
-                "--val-frac",
-                "0.1",
-                "--pruning-max",
-                "0",
-            ]
-        )
-        == 0
-    )
+    again = ["--output-dir", str(repaired / "again"), "--checkpoint", str(repaired / "repaired_model.th")]
+    assert optimize.main([*again, "--val-frac", "0.1", "--nb-iter", "1"]) == 0
 
 
 def test_the_chosen_point_follows_the_defenders_accuracy(repaired):
@@ -140,6 +125,10 @@ def test_checkpoints_and_schedule(tmp_path):
         (["--poison-rate", "1.5"], "out of range"),
         (["--poison-rate", "0"], "out of range"),
         (["--trigger-alpha", "nan"], "out of range"),
+        (["--widen-factor", "inf"], "out of range"),
+        (["--device", "meta"], "none of auto, cpu, cuda"),
+        (["--resume", "--overwrite"], "not allowed with"),
+        (["--std", "1", "1", "1"], "unrecognized arguments"),
         (["--epoch", "0"], "out of range"),
         (["--batch-size", "x"], "invalid whole number"),
         (["--arch", "alexnet"], "invalid choice"),
@@ -170,6 +159,23 @@ def test_unwritable_folder(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     error = failure(capsys, train, ["--output-dir", str(tmp_path / "file" / "x"), "--dataset", "tiny"])
     assert "file" in error
+
+
+def test_an_older_training_is_not_lost_by_accident(folder, capsys):
+    args = ["--output-dir", str(folder), "--dataset", "tiny", *WIDTH, "--epoch", "1", "--poison-type", "benign"]
+    before = (folder / "last_model.th").read_bytes()
+    assert "--overwrite" in failure(capsys, train, args)
+    assert (folder / "last_model.th").read_bytes() == before
+    (folder / "model_20.th").write_text("of a longer run")
+    assert train.main([*args, "--overwrite"]) == 0
+    assert not (folder / "model_20.th").exists() and not (folder / "trigger_info.th").exists()
+    assert (folder / "last_model.th").read_bytes() != before
+
+
+def test_a_training_that_diverges_says_so(tmp_path, capsys):
+    args = ["--output-dir", str(tmp_path), "--dataset", "tiny", *WIDTH, "--epoch", "1", "--lr", "1e20"]
+    assert "it diverged; try a lower --lr" in failure(capsys, train, args)
+    assert not (tmp_path / "last_model.th").exists()
 
 
 # ---- steps 2 and 3
@@ -254,6 +260,8 @@ def test_bad_files_of_steps_2_and_3(folder, capsys):
     assert "no state_dict" in failure(capsys, optimize, [*out, "--checkpoint", f"{folder}/trigger_info.th"])
     lines = (folder / "mask_values.txt").read_text().splitlines(keepends=True)
     (folder / "mask_values.txt").write_text("".join(lines[:-10]))
+    assert "damaged or replaced" in failure(capsys, prune, [*out, *source(folder), *masks])
+    (folder / "mask_values.json").unlink()  # as with a file of another toolkit
     assert "590 neurons, but the network has 600" in failure(capsys, prune, [*out, *source(folder), *masks])
     state = torch.load(folder / "last_model.th")
     state["bn1.weight"][0] = float("nan")
@@ -263,6 +271,33 @@ def test_bad_files_of_steps_2_and_3(folder, capsys):
     assert not (folder / "repaired_model.th").exists()
 
 
+def test_masks_of_another_checkpoint(folder, capsys):
+    args = ["--output-dir", str(folder), "--dataset", "tiny", *WIDTH, "--epoch", "1", "--seed", "1", "--overwrite"]
+    assert train.main(args) == 0
+    masks = ["--mask-file", f"{folder}/mask_values.txt", "--val-frac", "0.1"]
+    assert "another checkpoint" in failure(capsys, prune, ["--output-dir", str(folder), *source(folder), *masks])
+
+
+def test_a_pending_row_is_measured_with_the_saved_masks(folder, monkeypatch):
+    """Interrupted while a row was measured, a resumed run measures it with the masks of that iteration."""
+    from utils.interrupt import Interrupted
+
+    args = ["--output-dir", str(folder), *source(folder), *MASKS, *FP32, "--lr", "20"]
+    original, calls = optimize.apply_masks, []
+
+    def interrupt_second(network, noisy):
+        calls.append(noisy.bn1.mask.clone())
+        if len(calls) == 2:
+            raise Interrupted
+        return original(network, noisy)
+
+    monkeypatch.setattr(optimize, "apply_masks", interrupt_second)
+    assert optimize.main([*args, "--overwrite"]) == 130
+    assert optimize.main([*args, "--resume"]) == 0
+    assert [row["iteration"] for row in rows(folder, "optimize")[1]] == [0, 3, 6]
+    assert torch.equal(calls[1], calls[2]) and calls[2].min() < 0.99
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -270,6 +305,9 @@ def test_bad_files_of_steps_2_and_3(folder, capsys):
         (["--pruning-by", "number", "--pruning-step", "0.5"], "whole neurons"),
         (["--pruning-by", "number", "--pruning-max", "10.5"], "whole neurons"),
         (["--pruning-step", "0"], "out of range"),
+        (["--pruning-step", "1e-9"], "4 decimals"),
+        (["--std", "0", "0", "0"], "out of range"),
+        (["--seed", "1"], "unrecognized arguments"),
         (["--threshold", "0.2", "--max-acc-drop", "1"], "not allowed with"),
         (["--val-frac", "0.2"], "out of range"),
         (["--val-frac", "0"], "out of range"),
@@ -397,6 +435,21 @@ def test_signal_ends_in_one_line_and_resumes(number, tmp_path, trained, uninterr
     assert [line.split()[0] for line in out.splitlines() if line.split()[0].isdigit()] == ["1", "2", "3"]
     for name in RESULTS["train"]:
         assert (tmp_path / name).read_bytes() == uninterrupted[name], name
+
+
+def test_resume_notices_a_replaced_checkpoint(folder, tmp_path, capsys):
+    command = arguments("optimize", folder, tmp_path / "out")
+    process = run(*command, "--nb-iter", 10000)
+    wait_for(tmp_path / "out" / "optimize_resume.th", process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    shutil.copy(folder / "model_init.th", folder / "last_model.th")
+    (folder / "last_model.json").unlink()
+    error = failure(capsys, optimize, [*map(str, command[1:]), "--nb-iter", "10000", "--resume"])
+    assert "--checkpoint is" in error and "in the run to resume" in error
+    (tmp_path / "out" / "optimize_resume.th").write_bytes((folder / "trigger_info.th").read_bytes())
+    error = failure(capsys, optimize, [*map(str, command[1:]), "--nb-iter", "10000", "--resume"])
+    assert "not a resume state" in error
 
 
 def test_resume_of_a_complete_run_changes_nothing(folder, trained, capsys):

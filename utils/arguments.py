@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 from collections.abc import Callable
 
 from data.attacks import ATTACKS
@@ -10,6 +11,11 @@ from data.split import HELD_OUT
 from models import ARCHITECTURES
 
 DEFAULT_ARCH, DEFAULT_WIDTH, DEFAULT_DATASET = "resnet18", 1.0, "cifar10"
+DEFAULT_MILESTONES = (100, 150)
+DEFAULT_TARGET, DEFAULT_POISON_RATE = 0, 0.05
+DEFAULT_THRESHOLD = 0.2  # the paper's operating point
+DEFAULT_SWEEP = (0.9, 0.05)  # last threshold and step
+SWEEP_SHARES = 80  # a sweep by number takes steps of 1/80 of the neurons, 1.25 %, as in the release's figure
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -31,9 +37,9 @@ def number(kind: type, low: float, high: float = math.inf, open_low: bool = Fals
 
     def parse(text: str):
         value = kind(text)
-        if not (low < value if open_low else low <= value) or not value <= high or math.isnan(value):
+        if not (low < value if open_low else low <= value) or not value <= high or not math.isfinite(value):
             lower = f"above {low:g}" if open_low else f"at least {low:g}"
-            upper = "" if high == math.inf else f" and at most {high:g}"
+            upper = " and finite" if high == math.inf else f" and at most {high:g}"
             raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {lower}{upper}")
         return value
 
@@ -41,18 +47,19 @@ def number(kind: type, low: float, high: float = math.inf, open_low: bool = Fals
     return parse
 
 
-def add_run_arguments(parser: argparse.ArgumentParser, resumable: bool) -> None:
-    """Add what every step has: where to write and how to run."""
-    group = parser.add_argument_group("run")
-    group.add_argument("--output-dir", default="./save", metavar="DIR", help="folder for everything the step writes")
+def device_name(text: str) -> str:
+    """An argparse type: auto, cpu, cuda or cuda:N."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,2})?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu, cuda, cuda:N")
+    return text
+
+
+def add_compute_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add how to compute: device, data type, threads."""
+    group = parser.add_argument_group("computation")
     group.add_argument(
-        "--seed",
-        type=number(int, 0),
-        default=0,
-        metavar="N",
-        help="0 or more; the same seed gives the same bytes on one machine",
+        "--device", type=device_name, default="auto", help="auto (CUDA if there is one), cpu, cuda or cuda:N"
     )
-    group.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda or cuda:N")
     group.add_argument(
         "--precision",
         default="auto",
@@ -60,18 +67,38 @@ def add_run_arguments(parser: argparse.ArgumentParser, resumable: bool) -> None:
         help="auto takes bf16 where the hardware computes in it, fp32 elsewhere",
     )
     group.add_argument(
-        "--threads", type=number(int, 1), metavar="N", help="CPU threads, 1 or more (default: all cores)"
+        "--threads", type=number(int, 1, 1024), metavar="N", help="CPU threads, 1 to 1024 (default: all cores)"
     )
+
+
+def add_seed_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the seed."""
+    parser.add_argument(
+        "--seed",
+        type=number(int, 0),
+        default=0,
+        metavar="N",
+        help="0 or more; on a CPU the same seed and threads give the same bytes",
+    )
+
+
+def add_output_arguments(parser: argparse.ArgumentParser, resumable: bool) -> None:
+    """Add where to write, and whether to go on with what is there."""
+    group = parser.add_argument_group("output")
+    group.add_argument("--output-dir", default="./save", metavar="DIR", help="folder for everything the step writes")
     if resumable:
-        group.add_argument(
+        choice = group.add_mutually_exclusive_group()
+        choice.add_argument(
             "--resume",
             action="store_true",
-            help="continue an interrupted run; it ends bit-identical to one never interrupted",
+            help="continue an interrupted run; on a CPU it ends bit-identical to one never interrupted",
         )
-        group.add_argument("--overwrite", action="store_true", help="start again, dropping an unfinished run")
+        choice.add_argument(
+            "--overwrite", action="store_true", help="start again, dropping what this step left in the folder"
+        )
 
 
-def add_data_arguments(parser: argparse.ArgumentParser, default_dataset: str | None) -> None:
+def add_data_arguments(parser: argparse.ArgumentParser, default_dataset: str | None, split: bool = True) -> None:
     """Add dataset and split; ``default_dataset`` None means that the model card says which."""
     group = parser.add_argument_group("data")
     shown = "" if default_dataset else f" (default: the card's, else {DEFAULT_DATASET})"
@@ -82,13 +109,16 @@ def add_data_arguments(parser: argparse.ArgumentParser, default_dataset: str | N
         help="cifar10, or synthetic: drawn, nothing to download" + shown,
     )
     group.add_argument("--data-dir", default="../data", metavar="DIR", help="folder that holds cifar-10-batches-py")
-    group.add_argument("--batch-size", type=number(int, 2), default=128, metavar="N", help="images, 2 or more")
     group.add_argument(
-        "--split-file",
-        metavar="FILE",
-        help="a permutation of the training images, one index a line, such as the release's; needed for "
-        "its published checkpoints (default: this project's own)",
+        "--batch-size", type=number(int, 2, 100_000), default=128, metavar="N", help="images in a batch, 2 or more"
     )
+    if split:
+        group.add_argument(
+            "--split-file",
+            metavar="FILE",
+            help="a permutation of the training images, one index a line, such as the release's; needed for "
+            "its published checkpoints (default: this project's own)",
+        )
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, from_card: bool) -> None:
@@ -103,10 +133,10 @@ def add_model_arguments(parser: argparse.ArgumentParser, from_card: bool) -> Non
     )
     group.add_argument(
         "--widen-factor",
-        type=number(float, 0, open_low=True),
+        type=number(float, 0, 64, open_low=True),
         metavar="X",
         default=None if from_card else DEFAULT_WIDTH,
-        help=f"multiplies all channel counts, above 0 (default: {card}{DEFAULT_WIDTH})",
+        help=f"multiplies all channel counts, above 0, at most 64 (default: {card}{DEFAULT_WIDTH})",
     )
 
 
@@ -131,7 +161,7 @@ def add_network_arguments(parser: argparse.ArgumentParser) -> None:
     for name, word in (("mean", "mean"), ("std", "standard deviation")):
         group.add_argument(
             f"--{name}",
-            type=number(float, 0),
+            type=number(float, 0, open_low=name == "std"),
             nargs=3,
             metavar=("R", "G", "B"),
             help=f"{word} with which the network's input is normalised, on the 0..1 scale "
@@ -191,9 +221,10 @@ def add_attack_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--trigger-alpha",
-        type=number(float, 0, 1),
+        type=number(float, 0, 1, open_low=True),
         metavar="X",
-        help="opacity of the trigger, 0 to 1; 1 is fully opaque (default: the attack's own, 0.2 for blend, else 1.0)",
+        help="opacity of the trigger, above 0, at most 1; 1 is fully opaque (default: the attack's own, 0.2 for "
+        "blend, else 1.0)",
     )
     group.add_argument(
         "--clb-dir",

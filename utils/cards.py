@@ -2,9 +2,12 @@
 
 import json
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
+from data.datasets import DATASETS
 from data.errors import InputError
+from models import ARCHITECTURES
 from utils.files import save_torch, sha256_of, write_json
 
 CARD_VERSION = 1
@@ -15,37 +18,60 @@ def card_path(checkpoint: str | Path) -> Path:
     return Path(checkpoint).with_suffix(".json")
 
 
+def write_card(path: str | Path, card: dict[str, Any]) -> None:
+    """Write the card of a file that is complete; the card names the file's sha256. Raises ``OSError``."""
+    write_json(card_path(path), {"card_version": CARD_VERSION, "sha256": sha256_of(path), **card})
+
+
 def save_with_card(path: str | Path, state_dict: dict, card: dict[str, Any]) -> None:
-    """Save a state_dict and its card; the card names the sha256 of the file.
+    """Save a state_dict and its card.
 
     Raises:
         OSError: the folder cannot be written or the disk is full.
     """
     card_path(path).unlink(missing_ok=True)  # a card of an older file must never describe the new one
     save_torch(path, {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()})
-    write_json(card_path(path), {"card_version": CARD_VERSION, "sha256": sha256_of(path), **card})
+    write_card(path, card)
 
 
-def read_card(checkpoint: str | Path) -> dict[str, Any] | None:
-    """Read the card beside a checkpoint; None where there is none.
+def read_card(path: str | Path) -> dict[str, Any] | None:
+    """Read the card beside a file; None where there is none.
 
     Raises:
-        InputError: the card is no JSON object, or was written for other bytes than the checkpoint's.
+        InputError: the card is no card of this version, has an entry of the wrong type, or was written for other
+            bytes than the file's.
     """
-    path = card_path(checkpoint)
-    if not path.exists():
+    card_file = card_path(path)
+    if not card_file.exists():
         return None
     try:
-        card = json.loads(path.read_text())
-        expected = card["sha256"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path}: not a model card ({error}); delete it and give --arch and the other flags"
-        ) from error
-    found = sha256_of(checkpoint)
+        card = json.loads(card_file.read_text())
+        version, expected = card["card_version"], card["sha256"]
+        _check_types(card)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{card_file}: not a card ({error}); move it away and give --arch and other flags") from error
+    if version != CARD_VERSION:
+        raise InputError(f"{card_file}: card version {version}, but only {CARD_VERSION} is known here")
+    found = sha256_of(path)
     if found != expected:
         raise InputError(
-            f"{checkpoint}: sha256 {found[:12]}... is not the {expected[:12]}... of its card {path.name}; "
-            "the file was damaged or replaced (delete the card if it was replaced)"
+            f"{path}: sha256 {found[:12]}... is not the {str(expected)[:12]}... of its card {card_file.name}; "
+            "the file was damaged or replaced (move the card away if it was replaced)"
         )
     return card
+
+
+def _check_types(card: dict[str, Any]) -> None:
+    """Raise ``TypeError`` or ``ValueError`` where an entry that is used later has the wrong type or range."""
+    mean, std = (card.get("normalization", {}).get(name, [0.5] * 3) for name in ("mean", "std"))
+    checks = {
+        "arch": card.get("arch", "resnet18") in tuple(ARCHITECTURES),
+        "dataset": card.get("dataset", "cifar10") in tuple(DATASETS),
+        "num_classes": type(card.get("num_classes", 10)) is int and card.get("num_classes", 10) > 0,
+        "widen_factor": type(card.get("widen_factor", 1.0)) in (int, float) and 0 < card.get("widen_factor", 1.0) <= 64,
+        "normalization": len(mean) == len(std) == 3 and min(map(float, mean)) >= 0 and min(map(float, std)) > 0,
+        "split": isinstance(card.get("split", {}).get("file"), (str, NoneType)),
+    }
+    wrong = [name for name, right in checks.items() if not right]
+    if wrong:
+        raise ValueError(f"{wrong[0]} is {card[wrong[0]]!r}")

@@ -52,7 +52,7 @@ def load_strictly(network: nn.Module, state_dict: dict[str, Tensor], path: str |
         path: named in the errors.
 
     Raises:
-        InputError: keys are missing, unexpected or differently shaped, or a value is not finite.
+        InputError: keys are missing, unexpected, differently shaped or of another kind, or a value is not finite.
     """
     own = network.state_dict()
     missing = [name for name in own if name not in state_dict]
@@ -69,7 +69,14 @@ def load_strictly(network: nn.Module, state_dict: dict[str, Tensor], path: str |
             "check --arch, --widen-factor and the number of classes"
         )
     for name, tensor in state_dict.items():
-        bad = int((~torch.isfinite(tensor)).sum())
+        if (
+            tensor.layout != torch.strided
+            or tensor.is_meta
+            or tensor.is_quantized
+            or (tensor.is_floating_point() != own[name].is_floating_point() or tensor.is_complex())
+        ):
+            raise InputError(f"{path}: {name} is a {tensor.layout} {tensor.dtype} tensor, expected {own[name].dtype}")
+        bad = int((~torch.isfinite(tensor.to(own[name].dtype))).sum())
         if bad:
             raise InputError(f"{path}: {name} holds {bad} values that are NaN or infinite")
     network.load_state_dict(state_dict)

@@ -1,5 +1,6 @@
 """The one evaluation: mean loss and accuracy of a network on images held in memory."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,9 +10,10 @@ from torch.fx.experimental.optimization import fuse
 
 from data.augment import normalize
 from data.datasets import ImageSet, Normalization
+from data.errors import InputError
 from data.triggers import Trigger, triggered_test_set
 
-BATCH_SIZE = 500
+EVALUATION_BATCH = 500
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,13 @@ def inference_copy(network: nn.Module, precision: torch.dtype) -> nn.Module:
 
 
 @torch.inference_mode()
-def evaluate(network: nn.Module, image_set: ImageSet, normalization: Normalization, precision: torch.dtype) -> Metrics:
+def evaluate(
+    network: nn.Module,
+    image_set: ImageSet,
+    normalization: Normalization,
+    precision: torch.dtype,
+    batch_size: int = EVALUATION_BATCH,
+) -> Metrics:
     """Measure an inference copy; the network's own batches wait for the device only once, at the end.
 
     Raises:
@@ -66,7 +74,7 @@ def evaluate(network: nn.Module, image_set: ImageSet, normalization: Normalizati
     """
     loss = torch.zeros((), dtype=torch.float64, device=image_set.images.device)
     correct = torch.zeros_like(loss)
-    for images, labels in zip(image_set.images.split(BATCH_SIZE), image_set.labels.split(BATCH_SIZE), strict=True):
+    for images, labels in zip(image_set.images.split(batch_size), image_set.labels.split(batch_size), strict=True):
         logits = network(normalize(images, normalization).to(precision)).float()
         loss += F.cross_entropy(logits, labels, reduction="sum")
         correct += (logits.argmax(1) == labels).sum()
@@ -82,6 +90,7 @@ class Evaluator:
         defender: the defender's clean images; None where there is no defender yet.
         normalization: of the network's input.
         precision: data type of the evaluation.
+        batch_size: images in an evaluation batch; changes the speed, not the result.
 
     Raises:
         InputError: the trigger does not fit the test images.
@@ -94,18 +103,26 @@ class Evaluator:
         defender: ImageSet | None,
         normalization: Normalization,
         precision: torch.dtype,
+        batch_size: int = EVALUATION_BATCH,
     ):
         self.clean_test = clean_test
         self.triggered_test = triggered_test_set(clean_test, trigger) if trigger else None
         self.defender = defender
         self.normalization = normalization
         self.precision = precision
+        self.batch_size = batch_size
 
     def __call__(self, network: nn.Module) -> Report:
-        """Measure one network on every set that is known."""
+        """Measure one network on every set that is known.
+
+        Raises:
+            InputError: the loss is NaN or infinite, as after a training that diverged.
+        """
         copy = inference_copy(network, self.precision)
         clean, triggered, defender = (
-            evaluate(copy, image_set, self.normalization, self.precision) if image_set else None
+            evaluate(copy, image_set, self.normalization, self.precision, self.batch_size) if image_set else None
             for image_set in (self.clean_test, self.triggered_test, self.defender)
         )
+        if not math.isfinite(clean.loss):
+            raise InputError(f"the network's loss on clean images is {clean.loss}: it diverged; try a lower --lr")
         return Report(clean, triggered, defender)

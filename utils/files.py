@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import struct
 import warnings
 import zipfile
 from pathlib import Path
@@ -36,7 +37,7 @@ def write_bytes(path: str | Path, content: bytes) -> None:
         OSError: the folder cannot be written or the disk is full; the old file is then untouched.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name}.part")
     try:
         with temporary.open("wb") as file:
             file.write(content)
@@ -96,11 +97,11 @@ def load_torch(path: str | Path) -> Any:
         EOFError,
         ValueError,
         TypeError,
-        KeyError,
-        IndexError,
         AttributeError,
         AssertionError,
-        UnicodeDecodeError,
+        LookupError,
+        MemoryError,
+        struct.error,
         zipfile.BadZipFile,
     ) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

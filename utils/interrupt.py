@@ -20,6 +20,11 @@ class Signals:
         """Handle both signals from now on (only the main thread may)."""
         self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
 
+    def ignore(self) -> None:
+        """Drop further signals, while the run saves its state and ends."""
+        for number in self._before:
+            signal.signal(number, signal.SIG_IGN)
+
     def restore(self) -> None:
         """Give both signals back to whoever handled them before."""
         for number, handler in self._before.items():

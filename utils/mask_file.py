@@ -1,5 +1,6 @@
 """``mask_values.txt``: every neuron with its mask, in the text format that the release and three toolkits share."""
 
+from collections import Counter
 from pathlib import Path
 
 from torch import nn
@@ -7,16 +8,34 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from data.errors import InputError
 from defenses.pruning import Neuron
+from utils.cards import card_path, read_card, write_card
 from utils.files import write_text
 
 HEADER = ("No", "Layer Name", "Neuron Idx", "Mask Score")
 SEPARATOR = " \t "
 
 
-def write_masks(path: str | Path, neurons: list[Neuron]) -> None:
-    """Write neurons in state_dict order, masks with 4 decimals; raises ``OSError`` where that fails."""
+def write_masks(path: str | Path, neurons: list[Neuron], checkpoint_sha256: str) -> None:
+    """Write neurons in state_dict order, masks with 4 decimals, and a card that says which checkpoint they belong to.
+
+    Raises:
+        OSError: the folder cannot be written or the disk is full.
+    """
+    card_path(path).unlink(missing_ok=True)
     rows = [HEADER, *((str(n), layer, str(index), f"{mask:.4f}") for n, (layer, index, mask) in enumerate(neurons))]
     write_text(path, "".join(SEPARATOR.join(row) + " \n" for row in rows))
+    write_card(path, {"checkpoint_sha256": checkpoint_sha256})
+
+
+def check_source(path: str | Path, checkpoint_sha256: str) -> None:
+    """Make sure that a mask file with a card was learnt on this checkpoint.
+
+    Raises:
+        InputError: the card names another checkpoint, or the file was changed since.
+    """
+    card = read_card(path)
+    if card is not None and card.get("checkpoint_sha256") != checkpoint_sha256:
+        raise InputError(f"{path}: these masks were learnt on another checkpoint; run step 2 on this one")
 
 
 def _parse(path: str | Path) -> list[Neuron]:
@@ -62,7 +81,8 @@ def read_masks(path: str | Path, network: nn.Module) -> list[Neuron]:
         for index in range(layer.num_features)
     }
     if found != own or len(neurons) != len(own):
-        strange = sorted(found ^ own)[:1] or [("", "")]
+        repeated = [key for key, count in Counter((n.layer, n.index) for n in neurons).items() if count > 1]
+        strange = sorted(found ^ own)[:1] or repeated
         raise InputError(
             f"{path}: {len(neurons)} neurons, but the network has {len(own)} (first difference: "
             f"{strange[0][0]} {strange[0][1]}); was it made for another architecture or width?"

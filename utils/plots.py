@@ -11,7 +11,13 @@ from torch import Tensor
 from defenses.pruning import Neuron
 from utils.files import write_bytes
 
-CLEAN, TRIGGERED, DEFENDER = "tab:blue", "tab:red", "tab:green"
+CLEAN, TRIGGERED = "tab:blue", "tab:red"
+# column of the sweep's log: colour, label
+SWEEP_LINES = {
+    "C-Acc %": (CLEAN, "C-Acc"),
+    "ASR %": (TRIGGERED, "ASR"),
+    "defender acc %": ("tab:green", "accuracy on the defender's images"),
+}
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -46,7 +52,7 @@ def plot_images(path: Path, clean: Tensor, triggered: Tensor) -> None:
     grid = Figure(figsize=(1.1 * len(clean), 3.6)).subplots(len(parts), len(clean), squeeze=False)
     for row, (title, images) in zip(grid, parts, strict=True):
         for axes, image in zip(row, images, strict=True):
-            axes.imshow(image.cpu().numpy().astype(np.uint8))
+            axes.imshow(image.cpu().numpy().astype(np.uint8), interpolation="nearest")
             axes.set(xticks=[], yticks=[])
         row[0].set_ylabel(title)
     _save(grid[0, 0].figure, path)
@@ -84,12 +90,12 @@ def plot_sweep(path: Path, rows: list[dict], by: str, chosen: dict) -> None:
         (by_share, "pruned %", "% of neurons pruned"),
     ):
         shown = [row for row in rows if row[key] is not None]
-        for name, colour in (("C-Acc %", CLEAN), ("ASR %", TRIGGERED), ("defender acc %", DEFENDER)):
+        for name, (colour, title) in SWEEP_LINES.items():
             if shown and shown[0][name] is not None:
-                axes.plot([r[key] for r in shown], [r[name] for r in shown], ".-", color=colour, label=name[:-2])
+                axes.plot([r[key] for r in shown], [r[name] for r in shown], ".-", color=colour, label=title)
         if chosen[key] is not None:
             axes.axvline(chosen[key], color="gray", linestyle=":", label="chosen")
         axes.set(xlabel=label, ylim=(-2, 102))
     by_value.set_ylabel("percent")
-    by_value.legend()
+    by_value.legend(fontsize=8)
     _save(figure, path)

@@ -16,11 +16,14 @@ import torchvision
 from tqdm import tqdm
 
 from data.errors import InputError
-from utils.files import load_torch, save_torch
+from utils.files import load_torch, save_torch, sha256_of
 from utils.interrupt import Interrupted, Signals
+from utils.runtime import Runtime, prepare_runtime
 from utils.tables import Table, read_table
 
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 130
+STATE_VERSION = 1  # of the resume files
+FILE_OPTIONS = ("checkpoint", "trigger_info", "mask_file", "split_file")
 SAVE_SECONDS = 60.0  # a killed run loses at most this much
 RESUME_OPTIONS = {"resume", "overwrite", "output_dir"}  # may differ between a run and its continuation
 
@@ -56,6 +59,7 @@ class Run:
     def __init__(self, step: str, arguments: Namespace, command: str):
         self.step, self.command = step, command
         self.folder = Path(arguments.output_dir)
+        self.arguments = arguments
         self.options = {k: v for k, v in sorted(vars(arguments).items()) if k not in RESUME_OPTIONS}
         self.resuming = getattr(arguments, "resume", False)
         self.overwriting = getattr(arguments, "overwrite", False)
@@ -76,44 +80,75 @@ class Run:
             raise InputError(
                 f"{self.folder}: another process works in this folder; wait for it or choose another --output-dir"
             ) from error
-        self._signals.install()
-        self._find_saved()
         self._started = self._last_save = time.monotonic()
+        try:
+            self.options["sha256"] = self._digests()
+            self._find_saved()
+        except BaseException:
+            self._lock.release()
+            raise
+        self._signals.install()
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._signals.ignore()
         try:
+            if self._bar is not None:
+                self._bar.close()
             if kind is Interrupted and self.snapshot is not None:
-                with self._signals.deferred():
-                    self.save()
+                self.save()
                 error.args = (f"continue with --resume ({self._state_path})",)
         finally:
             self._signals.restore()
             self._lock.release()
 
+    def _digests(self) -> dict[str, str]:
+        """Name the files that went in, so that a run is never continued with others of the same name."""
+        given = {name: self.options.get(name) for name in FILE_OPTIONS}
+        return {name: sha256_of(path) for name, path in given.items() if path and Path(path).is_file()}
+
     def _find_saved(self) -> None:
-        if not self._state_path.exists():
-            return
-        if self.overwriting:
-            self._state_path.unlink()
+        if self.overwriting or not self._state_path.exists():
             return
         if not self.resuming:
             raise InputError(
                 f"{self._state_path}: an unfinished run is here; add --resume to continue it or "
                 "--overwrite to start again"
             )
-        self.saved = load_torch(self._state_path)
-        before = self.saved["options"]
-        for name in before.keys() | self.options.keys():
-            if before.get(name) != self.options.get(name):
-                flag = "--" + name.replace("_", "-")
+        saved = load_torch(self._state_path)
+        if not isinstance(saved, dict) or saved.get("state_version") != STATE_VERSION:
+            raise InputError(f"{self._state_path}: not a resume state of this version; --overwrite starts again")
+        self._compare(saved["options"], self.options)
+        self.saved, self._seconds_before = saved, saved["seconds"]
+
+    @staticmethod
+    def _compare(before: dict, now: dict) -> None:
+        for name in sorted(before.keys() | now.keys()):
+            old, new = before.get(name), now.get(name)
+            if isinstance(old, dict) and isinstance(new, dict):
+                Run._compare(old, new)
+            elif old != new:
                 raise InputError(
-                    f"{flag} is {self.options.get(name)} but was {before.get(name)} in the run to resume; "
+                    f"--{name.replace('_', '-')} is {new} but was {old} in the run to resume; "
                     "use the same, or --overwrite to start again"
                 )
-        self._seconds_before = self.saved["seconds"]
+
+    def prepare_runtime(self) -> Runtime:
+        """Choose device, data type and threads; a resumed run needs those it began with.
+
+        Raises:
+            InputError: the device does not exist, or another one was used before.
+        """
+        args = self.arguments
+        runtime = prepare_runtime(args.device, args.precision, args.threads)
+        self._runtime = {
+            "device": str(runtime.device),
+            "precision": str(runtime.precision),
+            "threads": torch.get_num_threads(),
+        }
+        if self.saved:
+            self._compare(self.saved["runtime"], self._runtime)
+        return runtime
 
     @property
     def finished_before(self) -> bool:
@@ -121,7 +156,7 @@ class Run:
         if not self.resuming or self.saved is not None or not self._log_path.exists():
             return False
         record, _ = read_table(self._log_path)
-        return record["ended"] and record["arguments"] == self.options
+        return record.get("ended") is True and record.get("arguments") == self.options
 
     @property
     def seconds(self) -> float:
@@ -129,13 +164,15 @@ class Run:
         return self._seconds_before + time.monotonic() - self._started
 
     def table(self, columns: dict[str, str]) -> Table:
-        """Open the log; a resumed run begins with the rows it had."""
+        """Open the log: the run begins here. A resumed run starts with the rows it had."""
+        if not self.saved:
+            self._state_path.unlink(missing_ok=True)
         record = {
             "step": self.step,
             "command": self.command,
             "arguments": self.options,
+            "runtime": self._runtime,
             "versions": versions(),
-            "threads": torch.get_num_threads(),
         }
         self.log = Table(self._log_path, record, columns, self.saved["rows"] if self.saved else None)
         return self.log
@@ -166,10 +203,16 @@ class Run:
         return self._signals.deferred()
 
     def save(self) -> None:
-        """Write the state from which ``--resume`` continues."""
+        """Write the state from which ``--resume`` continues; raises ``OSError`` where that fails."""
         self._last_save = time.monotonic()
-        state = {"options": self.options, "seconds": self.seconds, "rows": self.log.rows, **self.snapshot()}
-        save_torch(self._state_path, state)
+        state = {
+            "state_version": STATE_VERSION,
+            "options": self.options,
+            "runtime": self._runtime,
+            "seconds": self.seconds,
+            "rows": self.log.rows,
+        }
+        save_torch(self._state_path, {**state, **self.snapshot()})
 
     def finish(self) -> None:
         """Mark the run as complete; the resume state goes."""

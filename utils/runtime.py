@@ -1,5 +1,6 @@
 """Device, precision and threads of a run."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,16 +43,22 @@ def prepare_runtime(device: str, precision: str, threads: int | None) -> Runtime
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {device}: {str(error).splitlines()[0]}") from error
+    chosen = torch.device(device)
     if threads:
         torch.set_num_threads(threads)
     if chosen.type == "cuda":
-        torch.backends.cudnn.deterministic = True
-        torch.backends.cudnn.benchmark = False
+        _prepare_cuda(chosen)
     if precision == "auto":
         precision = "bf16" if has_bfloat16(chosen) else "fp32"
     return Runtime(chosen, PRECISIONS[precision])
+
+
+def _prepare_cuda(device: torch.device) -> None:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats its results only with this
+    if (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {device}: there are {torch.cuda.device_count()} CUDA devices; try --device cpu")
+    torch.cuda.set_device(device)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from data.datasets import Dataset, ImageSet, Normalization, load_dataset
 from data.errors import InputError
-from data.split import defender_index, load_permutation, permutation_digest
+from data.split import absolute, defender_index, load_permutation, permutation_digest
 from models import build_model
 from utils.arguments import DEFAULT_ARCH, DEFAULT_DATASET, DEFAULT_WIDTH
 from utils.cards import read_card
 from utils.checkpoints import load_strictly, read_state_dict
-from utils.evaluation import Evaluator
+from utils.evaluation import EVALUATION_BATCH, Evaluator
 from utils.files import sha256_of
 from utils.run import announce
 from utils.runtime import Runtime
@@ -50,15 +50,22 @@ class _Settings:
         return next(value for value in (given, known, default) if value is not None)
 
 
-def _permutation(args: Namespace, card: dict[str, Any] | None, size: int) -> Tensor:
+def _permutation(args: Namespace, card: dict[str, Any] | None, size: int) -> tuple[str | None, Tensor]:
+    """Return the split file, None for the project's own split, and the permutation."""
     split = (card or {}).get("split", {})
-    permutation = load_permutation(args.split_file or split.get("file"), size)
+    path = args.split_file or split.get("file")
+    permutation = load_permutation(path, size)
+    if "sha256" not in split and not path:
+        announce(
+            f"{args.checkpoint}: no card and no --split-file: most of the defender's images may be among those it was "
+            "trained on"
+        )
     if "sha256" in split and permutation_digest(permutation) != split["sha256"]:
         raise InputError(
-            f"--split-file {args.split_file or split.get('file') or '(none given)'}: not the split on which "
+            f"--split-file {path or '(none given)'}: not the split on which "
             f"{args.checkpoint} was trained; the defender's images would not be unseen"
         )
-    return permutation
+    return absolute(path), permutation
 
 
 def _normalization(settings: _Settings, dataset: Dataset) -> Normalization:
@@ -67,12 +74,13 @@ def _normalization(settings: _Settings, dataset: Dataset) -> Normalization:
     return Normalization(*(tuple(settings(name, getattr(own, name), known.get(name))) for name in ("mean", "std")))
 
 
-def load_subject(args: Namespace, runtime: Runtime) -> Subject:
+def load_subject(args: Namespace, runtime: Runtime, evaluation_batch: int = EVALUATION_BATCH) -> Subject:
     """Load the network of steps 2 and 3 and everything it is judged on, and print what was found.
 
     Args:
         args: with the flags of ``add_network_arguments``.
         runtime: where to run.
+        evaluation_batch: images in an evaluation batch.
 
     Raises:
         InputError: a file is missing, damaged or hostile, does not fit, or contradicts a flag.
@@ -82,12 +90,15 @@ def load_subject(args: Namespace, runtime: Runtime) -> Subject:
     settings = _Settings(args, card)
     arch, width = settings("arch", DEFAULT_ARCH), settings("widen_factor", DEFAULT_WIDTH)
     name = settings("dataset", DEFAULT_DATASET)
-    network = build_model(arch, (card or {}).get("num_classes", 10), width)
-    load_strictly(network, state_dict, args.checkpoint)
     dataset = load_dataset(name, args.data_dir, runtime.device)
+    classes = (card or {}).get("num_classes", dataset.num_classes)
+    if classes != dataset.num_classes:
+        raise InputError(f"{args.checkpoint}: {classes} classes, but {name} has {dataset.num_classes}")
+    network = build_model(arch, classes, width)
+    load_strictly(network, state_dict, args.checkpoint)
     trigger = load_trigger(args.trigger_info, dataset.num_classes) if args.trigger_info else None
     normalization = _normalization(settings, dataset)
-    permutation = _permutation(args, card, len(dataset.train))
+    split_file, permutation = _permutation(args, card, len(dataset.train))
     defender = dataset.train[defender_index(permutation, args.val_frac)]
     source = "its card" if card else "flags and defaults (no card)"
     announce(
@@ -100,27 +111,15 @@ def load_subject(args: Namespace, runtime: Runtime) -> Subject:
         network.to(runtime.device, memory_format=torch.channels_last).eval(),
         normalization,
         defender,
-        Evaluator(dataset.test, trigger, defender, normalization, runtime.precision),
-        _derived_card(args, card, arch, width, dataset, normalization, permutation),
+        Evaluator(dataset.test, trigger, defender, normalization, runtime.precision, evaluation_batch),
+        {
+            "arch": arch,
+            "widen_factor": width,
+            "num_classes": classes,
+            "dataset": name,
+            "normalization": asdict(normalization),
+            "split": {"file": split_file, "sha256": permutation_digest(permutation)},
+            "attack": (card or {}).get("attack"),
+            "repaired_from": {"file": Path(args.checkpoint).name, "sha256": sha256_of(args.checkpoint)},
+        },
     )
-
-
-def _derived_card(
-    args: Namespace,
-    card: dict[str, Any] | None,
-    arch: str,
-    width: float,
-    dataset: Dataset,
-    normalization: Normalization,
-    permutation: Tensor,
-) -> dict[str, Any]:
-    return {
-        "arch": arch,
-        "widen_factor": width,
-        "num_classes": dataset.num_classes,
-        "dataset": dataset.name,
-        "normalization": asdict(normalization),
-        "split": {"file": args.split_file, "sha256": permutation_digest(permutation)},
-        "attack": (card or {}).get("attack"),
-        "repaired_from": {"file": Path(args.checkpoint).name, "sha256": sha256_of(args.checkpoint)},
-    }

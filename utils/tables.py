@@ -1,12 +1,12 @@
 """One fixed-width table for people, and the same rows as JSON lines for programs."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from data.errors import InputError
 from utils.files import write_text
 
 
@@ -52,7 +52,14 @@ class Table:
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
-def read_table(path: str | Path, parse: Callable[[str], Any] = json.loads) -> tuple[dict, list[dict]]:
-    """Read a JSON-lines file back: the record and the rows."""
-    first, *rows = (parse(line) for line in Path(path).read_text().splitlines())
-    return first["record"], rows
+def read_table(path: str | Path) -> tuple[dict, list[dict]]:
+    """Read a JSON-lines file back: the record and the rows.
+
+    Raises:
+        InputError: the file is no log of a run.
+    """
+    try:
+        first, *rows = map(json.loads, Path(path).read_text().splitlines())
+        return dict(first["record"]), rows
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not the log of a run; move it away or use --overwrite") from error

@@ -138,12 +138,12 @@ def fit(
         optimizer.load_state_dict(run.saved["optimizer"])
         epoch, batch, *sums = run.saved["state"]
         state = TrainState(epoch, batch, *(value.to(train.images.device) for value in sums))
+    log = run.table(COLUMNS)
     run.snapshot = lambda: {
         "network": network.state_dict(),
         "optimizer": optimizer.state_dict(),
         "state": [state.epoch, state.batch, state.loss_sum, state.correct],
     }
-    log = run.table(COLUMNS)
     batches = -(-len(train) // config.batch_size)
     while True:
         steps = train_epoch(network, optimizer, train, normalization, config, state)

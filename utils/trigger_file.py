@@ -19,17 +19,25 @@ def save_trigger(path: str | Path, trigger: Trigger) -> None:
     save_torch(path, dict(zip(KEYS, parts, strict=True)))
 
 
-def _tensor(content: dict, key: str, path: str | Path) -> Tensor:
+def _numbers(content: dict, key: str, path: str | Path) -> Tensor:
+    """Return an entry as dense float64, whatever it was stored as."""
     value = content[key]
-    if isinstance(value, (list, tuple, int, float, np.generic)):
-        value = np.asarray(value)
-    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
-        value = torch.from_numpy(value.copy())
-    if not isinstance(value, Tensor):
-        raise InputError(f"{path}: {key} is no array of numbers")
-    if not torch.isfinite(value.double()).all():
+    try:
+        value = value if isinstance(value, Tensor) else torch.from_numpy(np.asarray(value, dtype=np.float64))
+        if value.is_complex() or value.is_meta or value.is_quantized or value.layout != torch.strided:
+            raise TypeError(f"{value.layout} {value.dtype}")
+        value = value.double()
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path}: {key} is no array of numbers") from error
+    if not torch.isfinite(value).all():
         raise InputError(f"{path}: {key} holds NaN or infinite values")
     return value
+
+
+def _whole(values: Tensor, key: str, path: str | Path) -> Tensor:
+    if not torch.equal(values, values.round()):
+        raise InputError(f"{path}: {key} holds values that are not whole numbers (pixels are 0..255)")
+    return values
 
 
 def _in_range(values: Tensor, low: float, high: float, key: str, path: str | Path) -> Tensor:
@@ -51,9 +59,9 @@ def load_trigger(path: str | Path, num_classes: int) -> Trigger:
     content = load_torch(path)
     if not isinstance(content, dict) or any(key not in content for key in KEYS[:4]):
         raise InputError(f"{path}: not a trigger file; expected a dict with {', '.join(KEYS)}")
-    pattern, mask, alpha, target = (_tensor(content, key, path) for key in KEYS[:4])
-    index = content.get("data_index")
-    index = torch.zeros(0, dtype=torch.int64) if index is None else _tensor(content, "data_index", path).long()
+    pattern, mask, alpha, target = (_numbers(content, key, path) for key in KEYS[:4])
+    known = content.get("data_index") is not None
+    index = _numbers(content, "data_index", path) if known else torch.zeros(0)
     if pattern.dim() != 4 or mask.dim() != 4 or pattern.shape[:3] != mask.shape[:3] or mask.shape[3] != 1:
         raise InputError(
             f"{path}: trigger_pattern {tuple(pattern.shape)} and trigger_mask {tuple(mask.shape)}, "
@@ -62,9 +70,9 @@ def load_trigger(path: str | Path, num_classes: int) -> Trigger:
     if alpha.numel() != 1 or not target.numel():
         raise InputError(f"{path}: expected one trigger_alpha and at least one poison_target")
     return Trigger(
-        _in_range(pattern, 0, 255, "trigger_pattern", path).to(torch.uint8),
-        _in_range(mask.double(), 0, 1, "trigger_mask", path),
-        float(_in_range(alpha.double(), 0, 1, "trigger_alpha", path)),
-        _in_range(target.reshape(-1).long(), 0, num_classes - 1, "poison_target", path),
-        index.reshape(-1),
+        _whole(_in_range(pattern, 0, 255, "trigger_pattern", path), "trigger_pattern", path).to(torch.uint8),
+        _in_range(mask, 0, 1, "trigger_mask", path),
+        float(_in_range(alpha, 0, 1, "trigger_alpha", path)),
+        _whole(_in_range(target, 0, num_classes - 1, "poison_target", path), "poison_target", path).reshape(-1).long(),
+        _in_range(index, 0, 2**31, "data_index", path).reshape(-1).long(),
     )

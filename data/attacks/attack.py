@@ -9,6 +9,7 @@ from torch import Tensor
 from data.datasets import ImageSet
 from data.errors import InputError
 from data.seeding import seeded_generator
+from data.split import split_size
 from data.triggers import Trigger
 
 
@@ -71,7 +72,7 @@ def draw_poisoned_index(full_train: ImageSet, train_index: Tensor, config: Attac
         InputError: the rate is above 0 and yet so small that no image would be poisoned.
     """
     candidates = train_index[full_train.labels[train_index].cpu() != config.target]
-    count = int(config.rate * len(candidates))
+    count = split_size(config.rate, len(candidates))
     if count < 1:
         raise InputError(f"--poison-rate {config.rate} of {len(candidates)} non-target images poisons none; use more")
     order = torch.randperm(len(candidates), generator=seeded_generator(config.seed, "poisoned images"))

@@ -1,5 +1,6 @@
 """Clean-label backdoor (Turner, Tsipras, Madry 2019): labels stay, target-class images carry four checkerboards."""
 
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -28,11 +29,13 @@ def four_corner_checkerboard(height: int, width: int) -> tuple[Tensor, Tensor]:
 def _read_array(path: Path, shape: tuple[int, ...]) -> Tensor:
     try:
         array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: {error}; --clb-dir expects train_images.npy and train_labels.npy") from error
-    if array.shape != shape or array.dtype.kind not in "ui":
-        raise InputError(f"{path}: {array.dtype} {array.shape}, expected whole numbers of shape {shape}")
-    return torch.from_numpy(array)
+    if not isinstance(array, np.ndarray) or array.shape != shape or array.dtype.kind not in "ui":
+        raise InputError(f"{path}: expected one array of whole numbers of shape {shape}")
+    if array.min() < 0 or array.max() > 255:
+        raise InputError(f"{path}: values from {array.min()} to {array.max()}, expected 0 to 255")
+    return torch.from_numpy(array.astype(np.uint8))
 
 
 def clean_label(full_train: ImageSet, train_index: Tensor, config: AttackConfig) -> PoisonedSet:
@@ -42,15 +45,21 @@ def clean_label(full_train: ImageSet, train_index: Tensor, config: AttackConfig)
     are those whose pixels differ from the dataset's.
 
     Raises:
-        InputError: a file is missing, damaged, of another size, or its labels are not the dataset's.
+        InputError: a file is missing, damaged or of another size, its labels are not the dataset's, or other images
+            than the target's were changed.
     """
     folder = Path(config.folder)
-    images = _read_array(folder / "train_images.npy", tuple(full_train.images.shape)).to(torch.uint8)
+    images = _read_array(folder / "train_images.npy", tuple(full_train.images.shape))
     labels = _read_array(folder / "train_labels.npy", (len(full_train),)).long()
     if not torch.equal(labels, full_train.labels.cpu()):
         raise InputError(f"{folder / 'train_labels.npy'}: a clean-label set keeps the dataset's labels and order")
     train = ImageSet(images, labels).to(full_train.images.device)[train_index]
     changed = (train.images != full_train.images[train_index]).flatten(1).any(1).cpu()
+    classes = labels[train_index[changed]].unique().tolist()
+    if classes != [config.target]:
+        raise InputError(
+            f"{folder}: the changed images are of the classes {classes}, expected --poison-target {config.target} alone"
+        )
     pattern, mask = four_corner_checkerboard(*full_train.images.shape[1:3])
     trigger = Trigger(pattern, mask, config.alpha, torch.tensor([config.target]), train_index[changed])
     return PoisonedSet(train, trigger)
