@@ -97,5 +97,5 @@ def plot_sweep(path: Path, rows: list[dict], by: str, chosen: dict) -> None:
             axes.axvline(chosen[key], color="gray", linestyle=":", label="chosen")
         axes.set(xlabel=label, ylim=(-2, 102))
     by_value.set_ylabel("percent")
-    by_value.legend(fontsize=8)
+    figure.legend(*by_value.get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0), ncols=4)
     _save(figure, path)
