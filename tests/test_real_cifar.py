@@ -30,7 +30,7 @@ def test_an_epoch_on_the_real_images(data_dir, tmp_path):
     assert len(attacker_index(draw_permutation(len(dataset.train)))) == 45_000
     assert len(triggered_test_set(dataset.test, load_trigger(tmp_path / "trigger_info.th", 10))) == 9_000
     pixels = normalize(dataset.train.images[::25], dataset.normalization)
-    assert pixels.mean((0, 2, 3)).abs().max() < 0.02
+    assert pixels.mean((0, 2, 3)).abs().max() < 0.05  # of 2,000 images
 
 
 def test_a_published_checkpoint(data_dir):
