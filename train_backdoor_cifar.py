@@ -158,7 +158,8 @@ def clear_folder(run: Run) -> None:
         "model_*.json",
         "trigger_info.th",
         "clean_and_triggered.png",
-        "train_*",
+        "train_log.jsonl",
+        "train_curves.png",
     ):
         for path in run.folder.glob(pattern):
             path.unlink()

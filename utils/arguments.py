@@ -33,7 +33,10 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
 
 
 def number(kind: type, low: float, high: float = math.inf, open_low: bool = False) -> Callable[[str], float]:
-    """Return an argparse type: a number from ``low`` (excluded if ``open_low``) to ``high``."""
+    """Return an argparse type: a number from ``low`` (excluded if ``open_low``) to ``high``.
+
+    The returned function raises ``argparse.ArgumentTypeError`` out of range, ``ValueError`` for what is no number.
+    """
 
     def parse(text: str):
         value = kind(text)
@@ -48,7 +51,7 @@ def number(kind: type, low: float, high: float = math.inf, open_low: bool = Fals
 
 
 def device_name(text: str) -> str:
-    """An argparse type: auto, cpu, cuda or cuda:N."""
+    """An argparse type: auto, cpu, cuda or cuda:N; raises ``argparse.ArgumentTypeError`` for anything else."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,2})?", text):
         raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu, cuda, cuda:N")
     return text

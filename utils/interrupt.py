@@ -37,7 +37,11 @@ class Signals:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Hold a signal back until the block has ended."""
+        """Hold a signal back until the block has ended.
+
+        Raises:
+            Interrupted: a signal came meanwhile.
+        """
         self._deferring = True
         try:
             yield
