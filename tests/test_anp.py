@@ -150,11 +150,13 @@ def test_bfloat16_ends_in_the_same_place(trained):
         return normalize(batch, SYNTHETIC_NORMALIZATION)
 
     masks = []
-    for precision in (torch.float32, torch.bfloat16):
+    for precision, seed in ((torch.float32, 0), (torch.bfloat16, 0), (torch.float32, 1)):
         noisy = convert_noisy_batchnorm(network)
-        list(optimize_masks(noisy, images, labels, AnpConfig(precision=precision, iterations=4), transform))
+        config = AnpConfig(precision=precision, iterations=4, seed=seed)
+        list(optimize_masks(noisy, images, labels, config, transform))
         masks.append(torch.tensor([neuron.mask for neuron in mask_values(noisy)]))
-    assert torch.corrcoef(torch.stack(masks))[0, 1] > 0.95
+    _, rounding, other_seed = torch.corrcoef(torch.stack(masks))[0].tolist()
+    assert rounding > 0.85 and rounding > other_seed + 0.1, (rounding, other_seed)
 
 
 def test_no_host_sync_inside_an_iteration(network, images, labels):
