@@ -35,7 +35,9 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
 def number(kind: type, low: float, high: float = math.inf, open_low: bool = False) -> Callable[[str], float]:
     """Return an argparse type: a number from ``low`` (excluded if ``open_low``) to ``high``.
 
-    The returned function raises ``argparse.ArgumentTypeError`` out of range, ``ValueError`` for what is no number.
+    Raises:
+        argparse.ArgumentTypeError: (the returned function) the number is out of range.
+        ValueError: (the returned function) the text is no number.
     """
 
     def parse(text: str):
@@ -51,7 +53,11 @@ def number(kind: type, low: float, high: float = math.inf, open_low: bool = Fals
 
 
 def device_name(text: str) -> str:
-    """An argparse type: auto, cpu, cuda or cuda:N; raises ``argparse.ArgumentTypeError`` for anything else."""
+    """An argparse type: auto, cpu, cuda or cuda:N.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is anything else.
+    """
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,2})?", text):
         raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu, cuda, cuda:N")
     return text
