@@ -38,7 +38,7 @@ from utils.arguments import (
 from utils.evaluation import EVALUATION_BATCH, evaluate, inference_copy
 from utils.run import versions
 from utils.runtime import Runtime, prepare_runtime
-from utils.training import TrainConfig, TrainState, make_optimizer, train_epoch
+from utils.training import SgdTrainer, TrainConfig, TrainState
 
 # Passes over the network for each image, in units of a forward pass; weight gradients cost as much as input gradients.
 PASSES = {"step 1, train": 3, "step 2, masks": 6, "step 3, prune": 1}
@@ -89,8 +89,7 @@ def step_1(args: argparse.Namespace, dataset: Dataset, network: nn.Module, runti
     plain = build_model(args.arch, dataset.num_classes, args.widen_factor).to(runtime.device)
     loader = plain_loader(train.to("cpu"), dataset.normalization, train=True, batch_size=args.batch_size)
     config = TrainConfig(batch_size=args.batch_size, precision=runtime.precision)
-    optimizer, state = make_optimizer(network, config), TrainState.start(runtime.device)
-    steps = train_epoch(network, optimizer, train, dataset.normalization, config, state)
+    steps = SgdTrainer(network, train, None, dataset, config).train_epoch(TrainState.start(runtime.device))
     batches = ([part.to(runtime.device) for part in batch] for batch in loader)
     return (
         lambda: plain_train(plain, islice(batches, args.batches)),

@@ -38,6 +38,28 @@ def random_crop_flip(images: Tensor, generator: torch.Generator, padding: int = 
     return padded.reshape(-1, channels)[flat.reshape(-1)].reshape(images.shape)
 
 
+def random_rotate(images: Tensor, generator: torch.Generator, degrees: float) -> Tensor:
+    """Rotate each image about its centre by a random angle; nearest pixel, black outside.
+
+    The same as torchvision's ``RandomRotation(degrees)``, for each image of a batch.
+
+    Args:
+        images: the batch; as high as wide.
+        generator: source of the angles, on the images' device.
+        degrees: the angles are uniform in -degrees..degrees.
+
+    Shape:
+        uint8 (B, H, H, C) -> uint8 (B, H, H, C).
+    """
+    count, device = len(images), images.device
+    angle = torch.deg2rad((2 * torch.rand(count, generator=generator, device=device) - 1) * degrees)
+    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros(count, device=device)
+    turn = torch.stack([cos, -sin, zero, sin, cos, zero], 1).view(count, 2, 3)
+    planes = images.permute(0, 3, 1, 2).float()
+    grid = F.affine_grid(turn, list(planes.shape), align_corners=False)
+    return F.grid_sample(planes, grid, mode="nearest", align_corners=False).permute(0, 2, 3, 1).to(torch.uint8)
+
+
 @lru_cache(maxsize=8)
 def _constants(normalization: Normalization, device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and std on the 0..255 scale; kept, since copying them to a GPU would make each batch wait."""

@@ -1,6 +1,8 @@
 """Independent random streams, named instead of shared, so that any step can be repeated on its own."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -19,3 +21,11 @@ def seeded_generator(seed: int, *names: object, device: torch.device | str = "cp
     text = "/".join(map(str, (seed, *names)))
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+@contextmanager
+def seeded_weights(seed: int, *names: object) -> Iterator[None]:
+    """Make networks that are built on the CPU in the block start with weights that depend on seed and names alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seeded_generator(seed, *names).initial_seed())
+        yield

@@ -8,17 +8,20 @@ from torch import Tensor
 from data.datasets import ImageSet
 from data.errors import InputError
 
+MODES = ("blend", "add")
+
 
 @dataclass(frozen=True)
 class Trigger:
     """What the attacker puts on an image and which class it shall lead to.
 
     Attributes:
-        pattern: uint8 (N, H, W, C or 1), 0..255.
-        mask: float64 (N, H, W, 1), 0..1; where the pattern goes.
-        alpha: opacity of the pattern under the mask, 0..1; 1 is fully opaque.
+        pattern: (N, H, W, C or 1); uint8, 0..255, or float32, -255..255, where it is added.
+        mask: floating (N, H, W, 1), 0..1; where the pattern goes.
+        alpha: opacity of the pattern under the mask, 0..1; 1 is fully opaque. Scales a pattern that is added.
         target: int64 (1,) or (N,); the attacker's class.
         data_index: int64; the training images that were poisoned.
+        mode: ``blend`` moves pixels towards the pattern, ``add`` adds it to them.
 
     N is 1, or one entry for each test image; patterns and targets may differ in this.
     """
@@ -28,9 +31,12 @@ class Trigger:
     alpha: float
     target: Tensor
     data_index: Tensor
+    mode: str = "blend"
 
     def stamp(self, images: Tensor, index: Tensor | None = None) -> Tensor:
-        """Stamp raw pixels: clip((1-mask)*x + mask*((1-alpha)*x + alpha*pattern), 0, 255), truncated.
+        """Stamp raw pixels: clip((1-mask)*x + mask*p, 0, 255), truncated.
+
+        p is (1-alpha)*x + alpha*pattern in mode ``blend`` and x + alpha*pattern in mode ``add``.
 
         Args:
             images: the clean images.
@@ -44,9 +50,10 @@ class Trigger:
             part = slice(start, start + 1000)
             entries = slice(None) if len(self.pattern) == 1 else index[part].cpu()
             pattern = self.pattern[entries].to(images.device, torch.float64)
-            mask = self.mask[entries].to(images.device)
+            mask = self.mask[entries].to(images.device, torch.float64)
             clean = images[part].double()
-            stamped = (1 - mask) * clean + mask * ((1 - self.alpha) * clean + self.alpha * pattern)
+            kept = clean if self.mode == "add" else (1 - self.alpha) * clean
+            stamped = (1 - mask) * clean + mask * (kept + self.alpha * pattern)
             chunks.append(stamped.clamp(0, 255).to(torch.uint8))
         return torch.cat(chunks) if chunks else images.clone()
 

@@ -3,19 +3,13 @@ import pytest
 import torch
 import torchvision.transforms.functional as TF
 
-from data.attacks import ATTACKS, AttackConfig
-from data.attacks.clean_label import four_corner_checkerboard
-from data.augment import normalize, random_crop_flip
+from data.augment import normalize, random_crop_flip, random_rotate
 from data.datasets import CIFAR10_NORMALIZATION, ImageSet, load_cifar10, load_dataset
 from data.errors import InputError
 from data.seeding import seeded_generator
 from data.split import attacker_index, defender_index, draw_permutation, read_permutation, split_size
 from data.synthetic import draw_images
 from data.triggers import Trigger, triggered_test_set
-
-
-def config(**changes):
-    return AttackConfig(**{"target": 0, "rate": 0.05, "alpha": 1.0, "seed": 0, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +80,19 @@ def test_crop_and_flip_are_torchvisions(images):
     assert {top for top, _ in seen} == set(range(9)) and {flip for _, flip in seen} == {True, False}
 
 
+def test_rotation_is_torchvisions():
+    """On smooth pictures, where a pixel taken from the neighbour makes no difference to speak of."""
+    ramp = torch.arange(32)[:, None] * 3 + torch.arange(32)[None] * 4
+    batch = ramp.to(torch.uint8)[None, :, :, None].repeat(20, 1, 1, 3)
+    ours = random_rotate(batch, seeded_generator(1), 10)
+    angles = (2 * torch.rand(20, generator=seeded_generator(1)) - 1) * 10
+    for number, angle in enumerate(angles.tolist()):
+        expected = TF.rotate(batch[number].permute(2, 0, 1), angle)
+        differs = (ours[number].permute(2, 0, 1).int() - expected.int()).abs() > 4
+        assert differs.float().mean() < 0.01
+    assert angles.min() < -5 and angles.max() > 5 and not torch.equal(ours[0], ours[1])
+
+
 def test_normalize_is_torchvisions(images):
     ours = normalize(images.images[:4], CIFAR10_NORMALIZATION)
     plain = torch.stack([
@@ -99,27 +106,6 @@ def test_normalize_is_torchvisions(images):
 # ---- triggers
 
 
-def test_badnets_pixels(images):
-    trigger = ATTACKS["badnets"].poison(images, torch.arange(500), config()).trigger
-    stamped = trigger.stamp(images.images[:20])
-    corner = torch.tensor([[0, 0, 255], [0, 255, 0], [255, 0, 255]], dtype=torch.uint8)
-    for channel in range(3):
-        assert (stamped[:, 29:, 29:, channel] == corner).all()
-    rest = torch.ones(32, 32, dtype=torch.bool)
-    rest[29:, 29:] = False
-    assert torch.equal(stamped[:, rest], images.images[:20][:, rest])
-
-
-def test_four_corners():
-    pattern, mask = four_corner_checkerboard(32, 32)
-    right = torch.tensor([[0, 0, 255], [0, 255, 0], [255, 0, 255]], dtype=torch.uint8)
-    left = torch.tensor([[255, 0, 0], [0, 255, 0], [255, 0, 255]], dtype=torch.uint8)
-    plane = pattern[0, ..., 0]
-    for rows in (slice(0, 3), slice(29, 32)):
-        assert torch.equal(plane[rows, 29:], right) and torch.equal(plane[rows, :3], left)
-    assert mask.sum() == 36 and mask[0, :3, :3].all() and mask[0, 29:, :3].all()
-
-
 def test_stamping_formula_against_numpy(images):
     rng = np.random.default_rng(0)
     pattern = rng.integers(0, 256, (1, 32, 32, 3), dtype=np.uint8)
@@ -130,8 +116,20 @@ def test_stamping_formula_against_numpy(images):
     assert np.array_equal(trigger.stamp(images.images[:50]).numpy(), expected)
 
 
+def test_added_trigger_against_numpy(images):
+    rng = np.random.default_rng(0)
+    pattern = rng.uniform(-60, 60, (1, 32, 32, 3)).astype(np.float32)
+    mask, x = rng.random((1, 32, 32, 1)), images.images[:50].numpy()
+    expected = np.clip(x + mask * 0.5 * pattern.astype(np.float64), 0, 255).astype(np.uint8)
+    parts = torch.from_numpy(pattern), torch.from_numpy(mask), 0.5, torch.tensor([0]), torch.arange(0)
+    stamped = Trigger(*parts, mode="add").stamp(images.images[:50]).numpy()
+    assert np.abs(stamped.astype(int) - expected).max() <= 1 and (stamped != expected).mean() < 1e-3  # rounding
+
+
 def test_triggered_test_set_leaves_out_the_target(images):
-    trigger = ATTACKS["badnets"].poison(images, torch.arange(500), config(target=3)).trigger
+    trigger = Trigger(
+        torch.full((1, 32, 32, 1), 9).to(torch.uint8), torch.ones(1, 32, 32, 1), 1.0, torch.tensor([3]), torch.arange(0)
+    )
     triggered = triggered_test_set(images, trigger)
     assert len(triggered) == 450 and (triggered.labels == 3).all()
     clean = images.images[images.labels != 3]
@@ -155,81 +153,6 @@ def test_trigger_that_does_not_fit(images):
         trigger = Trigger(torch.zeros(shape, dtype=torch.uint8), mask, 1.0, torch.tensor([0]), torch.arange(0))
         with pytest.raises(InputError, match=message):
             triggered_test_set(images, trigger)
-
-
-# ---- attacks
-
-
-@pytest.mark.parametrize("name", [name for name, attack in ATTACKS.items() if attack and not attack.needs_folder])
-def test_dirty_label_attacks(name, images):
-    index = torch.arange(50, 500)
-    original = images.images.clone()
-    poisoned = ATTACKS[name].poison(images, index, config(rate=0.1, target=2))
-    chosen = poisoned.trigger.data_index
-    assert len(chosen) == int(0.1 * 405) and (images.labels[chosen] != 2).all() and (chosen >= 50).all()
-    assert torch.equal(images.images, original), "the dataset itself must not change"
-    changed = torch.isin(index, chosen)
-    assert (poisoned.train.labels[changed] == 2).all()
-    assert torch.equal(poisoned.train.images[changed], poisoned.trigger.stamp(images.images[index[changed]]))
-    assert torch.equal(poisoned.train.images[~changed], images.images[index[~changed]])
-    assert torch.equal(poisoned.train.labels[~changed], images.labels[index[~changed]])
-    again = ATTACKS[name].poison(images, index, config(rate=0.1, target=2))
-    assert torch.equal(again.train.images, poisoned.train.images)
-    other = ATTACKS[name].poison(images, index, config(rate=0.1, target=2, seed=1))
-    assert not torch.equal(other.trigger.data_index, chosen)
-    assert torch.equal(other.trigger.pattern, poisoned.trigger.pattern)
-
-
-def test_poison_rate_counts_non_target_images(images):
-    assert len(ATTACKS["badnets"].poison(images, torch.arange(500), config()).trigger.data_index) == 22  # 5 % of 450
-    with pytest.raises(InputError, match="--poison-rate"):
-        ATTACKS["badnets"].poison(images, torch.arange(500), config(rate=0.001))
-
-
-def test_blend_noise_is_stored_and_blended(images):
-    trigger = ATTACKS["blend"].poison(images, torch.arange(500), config(alpha=0.2)).trigger
-    assert trigger.pattern.shape == (1, 32, 32, 3) and trigger.mask.all() and trigger.alpha == 0.2
-    assert 100 < trigger.pattern.float().mean() < 155 and trigger.pattern.float().std() > 60
-
-
-def clean_label_folder(folder, images):
-    changed = images.images.clone()
-    changed[images.labels == 0] = 7
-    np.save(folder / "train_images.npy", changed.numpy())
-    np.save(folder / "train_labels.npy", images.labels.numpy())
-    return changed
-
-
-def test_clean_label_reads_a_published_set(tmp_path, images):
-    changed = clean_label_folder(tmp_path, images)
-    index = torch.arange(499, 49, -1)  # some order of the attacker's images
-    poisoned = ATTACKS["clean-label"].poison(images, index, config(folder=str(tmp_path)))
-    assert torch.equal(poisoned.train.images, changed[index])
-    assert torch.equal(poisoned.train.labels, images.labels[index])
-    assert set(poisoned.trigger.data_index.tolist()) == set(index[images.labels[index] == 0].tolist())
-
-
-def test_clean_label_bad_folders(tmp_path, images):
-    def poison():
-        return ATTACKS["clean-label"].poison(images, torch.arange(500), config(folder=str(tmp_path)))
-
-    with pytest.raises(InputError, match="No such file"):
-        poison()
-    clean_label_folder(tmp_path, images)
-    with pytest.raises(InputError, match=r"classes \[0\], expected --poison-target 4"):
-        ATTACKS["clean-label"].poison(images, torch.arange(500), config(folder=str(tmp_path), target=4))
-    np.save(tmp_path / "train_labels.npy", images.labels.numpy()[::-1])
-    with pytest.raises(InputError, match="keeps the dataset's labels"):
-        poison()
-    np.save(tmp_path / "train_images.npy", images.images.numpy()[:7])
-    with pytest.raises(InputError, match=r"expected one array of whole numbers of shape \(500, 32, 32, 3\)"):
-        poison()
-    np.save(tmp_path / "train_images.npy", images.images.numpy().astype(">i8") + 256)
-    with pytest.raises(InputError, match="expected 0 to 255"):
-        poison()
-    np.save(tmp_path / "train_images.npy", np.array([{}], dtype=object), allow_pickle=True)
-    with pytest.raises(InputError, match="pickle"):
-        poison()
 
 
 # ---- datasets

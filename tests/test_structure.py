@@ -1,4 +1,4 @@
-"""Imports go one way: scripts -> defenses, utils -> data, models -> torch."""
+"""Imports go one way: scripts -> attacks -> utils -> defenses -> data, models -> torch."""
 
 import ast
 from pathlib import Path
@@ -11,6 +11,7 @@ ALLOWED = {
     "data": {"data"},
     "defenses": {"defenses", "data", "models"},
     "utils": {"utils", "defenses", "data", "models"},
+    "attacks": {"attacks", "utils", "data", "models"},
 }
 FILES = [path for package in ALLOWED for path in (ROOT / package).rglob("*.py")]
 

@@ -1,18 +1,15 @@
-"""Argument groups of the three scripts; every default stands here and nowhere else."""
+"""Argument groups of the three scripts; every default stands here, or with its attack in the registry."""
 
 import argparse
 import math
 import re
 from collections.abc import Callable
 
-from data.attacks import ATTACKS
 from data.datasets import DATASETS
 from data.split import HELD_OUT
 from models import ARCHITECTURES
 
 DEFAULT_ARCH, DEFAULT_WIDTH, DEFAULT_DATASET = "resnet18", 1.0, "cifar10"
-DEFAULT_MILESTONES = (100, 150)
-DEFAULT_TARGET, DEFAULT_POISON_RATE = 0, 0.05
 DEFAULT_THRESHOLD = 0.2  # the paper's operating point
 DEFAULT_SWEEP = (0.9, 0.05)  # last threshold and step
 SWEEP_SHARES = 80  # a sweep by number takes steps of 1/80 of the neurons, 1.25 %, as in the release's figure
@@ -183,13 +180,14 @@ def add_network_arguments(parser: argparse.ArgumentParser) -> None:
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the training of step 1."""
     group = parser.add_argument_group("training")
-    group.add_argument("--epoch", type=number(int, 1), default=200, metavar="N", help="epochs, 1 or more")
+    group.add_argument(
+        "--epoch", type=number(int, 1), metavar="N", help="epochs, 1 or more (default: 200, 600 for iab-*)"
+    )
     group.add_argument(
         "--lr",
         type=number(float, 0, open_low=True),
-        default=0.1,
         metavar="X",
-        help="learning rate, above 0; the peak of one-cycle",
+        help="learning rate, above 0; the peak of one-cycle (default: 0.1, 0.01 for iab-*)",
     )
     group.add_argument(
         "--lr-schedule",
@@ -207,40 +205,6 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--save-every", type=number(int, 1), default=20, metavar="N", help="keep model_{epoch}.th every N epochs"
-    )
-
-
-def add_attack_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the attack of step 1. Unset values stay None, so that contradictions can be told from defaults."""
-    group = parser.add_argument_group("attack")
-    group.add_argument(
-        "--poison-type", choices=list(ATTACKS), default="badnets", help="the attack; benign trains a clean network"
-    )
-    group.add_argument(
-        "--poison-rate",
-        type=number(float, 0, 1, open_low=True),
-        metavar="X",
-        help="share of the non-target training images that is poisoned, above 0, at most 1 (default: 0.05)",
-    )
-    group.add_argument(
-        "--poison-target",
-        type=number(int, 0),
-        metavar="CLASS",
-        help="class that the trigger shall lead to (default: 0)",
-    )
-    group.add_argument(
-        "--trigger-alpha",
-        type=number(float, 0, 1, open_low=True),
-        metavar="X",
-        help="opacity of the trigger, above 0, at most 1; 1 is fully opaque (default: the attack's own, 0.2 for "
-        "blend, else 1.0)",
-    )
-    group.add_argument(
-        "--clb-dir",
-        default="",
-        metavar="DIR",
-        help="a published clean-label set, train_images.npy and train_labels.npy; needed by "
-        "clean-label, which takes its poison rate from it",
     )
 
 

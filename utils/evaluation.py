@@ -28,12 +28,14 @@ class Metrics:
 class Report:
     """What one network measured; ``triggered.accuracy`` is the attack success rate, None without a trigger.
 
-    ``defender`` is the accuracy on the defender's own clean images, None where step 1 asks.
+    ``defender`` is the accuracy on the defender's own clean images, None where step 1 asks. ``cross`` is the accuracy
+    on test images with the triggers of other images, None for attacks whose trigger is the same on every image.
     """
 
     clean: Metrics
     triggered: Metrics | None
     defender: Metrics | None
+    cross: Metrics | None = None
 
     def rounded(self) -> dict[str, float]:
         """Return the figures for a model card: accuracies in percent."""
@@ -41,6 +43,7 @@ class Report:
             "clean_accuracy": self.clean,
             "attack_success_rate": self.triggered,
             "defender_accuracy": self.defender,
+            "cross_trigger_accuracy": self.cross,
         }
         return {name: round(percent(metrics.accuracy), 2) for name, metrics in names.items() if metrics}
 

@@ -30,6 +30,14 @@ def sha256_of(path: str | Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
+def sha256_of_folder(folder: str | Path) -> str:
+    """Return the sha256 that names all files of a folder, with their places and their content."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(folder)} {sha256_of(path)}\n".encode())
+    return digest.hexdigest()
+
+
 def write_bytes(path: str | Path, content: bytes) -> None:
     """Write a file so that at any moment the old or the new content is there, never a part.
 

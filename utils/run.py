@@ -16,14 +16,15 @@ import torchvision
 from tqdm import tqdm
 
 from data.errors import InputError
-from utils.files import load_torch, save_torch, sha256_of
+from utils.files import load_torch, save_torch, sha256_of, sha256_of_folder
 from utils.interrupt import Interrupted, Signals
 from utils.runtime import Runtime, prepare_runtime
 from utils.tables import Table, read_table
 
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 130
 STATE_VERSION = 1  # of the resume files
-FILE_OPTIONS = ("checkpoint", "trigger_info", "mask_file", "split_file")
+FILE_OPTIONS = ("checkpoint", "trigger_info", "mask_file", "split_file", "clb_surrogate")
+FOLDER_OPTIONS = ("clb_dir", "poisoned_dir")
 SAVE_SECONDS = 60.0  # a killed run loses at most this much
 RESUME_OPTIONS = {"resume", "overwrite", "output_dir"}  # may differ between a run and its continuation
 
@@ -104,8 +105,11 @@ class Run:
 
     def _digests(self) -> dict[str, str]:
         """Name the files that went in, so that a run is never continued with others of the same name."""
-        given = {name: self.options.get(name) for name in FILE_OPTIONS}
-        return {name: sha256_of(path) for name, path in given.items() if path and Path(path).is_file()}
+        files = {name: sha256_of(path) for name, path in self._given(FILE_OPTIONS) if path.is_file()}
+        return files | {name: sha256_of_folder(path) for name, path in self._given(FOLDER_OPTIONS) if path.is_dir()}
+
+    def _given(self, names: tuple[str, ...]) -> list[tuple[str, Path]]:
+        return [(name, Path(self.options[name])) for name in names if self.options.get(name)]
 
     def _find_saved(self) -> None:
         if self.overwriting or not self._state_path.exists():

@@ -74,6 +74,38 @@ def _normalization(settings: _Settings, dataset: Dataset) -> Normalization:
     return Normalization(*(tuple(settings(name, getattr(own, name), known.get(name))) for name in ("mean", "std")))
 
 
+def _build(path: str, state_dict: dict[str, Tensor], arch: str, classes: int, width: float) -> nn.Module:
+    network = build_model(arch, classes, width)
+    load_strictly(network, state_dict, path)
+    return network.to(memory_format=torch.channels_last).eval()
+
+
+def load_surrogate(
+    path: str, args: Namespace, dataset: Dataset, permutation: Tensor
+) -> tuple[nn.Module, Normalization]:
+    """Load the network that an attacker builds a poisoned set against.
+
+    Args:
+        path: its checkpoint. Without a card it is taken to have the architecture of the network to train.
+        args: with ``arch`` and ``widen_factor``.
+        dataset: of the run.
+        permutation: the split; a surrogate of another split would know the defender's images.
+
+    Raises:
+        InputError: the file is missing, damaged or hostile, does not fit, or its card names another dataset or split.
+    """
+    state_dict, card = read_state_dict(path), read_card(path) or {}
+    if card.get("dataset", dataset.name) != dataset.name:
+        raise InputError(f"{path}: a network for {card['dataset']}, but the run is on {dataset.name}")
+    digest = permutation_digest(permutation)
+    if card.get("split", {}).get("sha256", digest) != digest:
+        raise InputError(f"{path}: trained on another split, and so perhaps on the defender's images; see --split-file")
+    known = card.get("normalization", asdict(dataset.normalization))
+    arch, width = card.get("arch", args.arch), card.get("widen_factor", args.widen_factor)
+    network = _build(path, state_dict, arch, dataset.num_classes, width)
+    return network, Normalization(tuple(known["mean"]), tuple(known["std"]))
+
+
 def load_subject(args: Namespace, runtime: Runtime, evaluation_batch: int = EVALUATION_BATCH) -> Subject:
     """Load the network of steps 2 and 3 and everything it is judged on, and print what was found.
 
@@ -94,8 +126,7 @@ def load_subject(args: Namespace, runtime: Runtime, evaluation_batch: int = EVAL
     classes = (card or {}).get("num_classes", dataset.num_classes)
     if classes != dataset.num_classes:
         raise InputError(f"{args.checkpoint}: {classes} classes, but {name} has {dataset.num_classes}")
-    network = build_model(arch, classes, width)
-    load_strictly(network, state_dict, args.checkpoint)
+    network = _build(args.checkpoint, state_dict, arch, classes, width)
     trigger = load_trigger(args.trigger_info, dataset.num_classes) if args.trigger_info else None
     normalization = _normalization(settings, dataset)
     split_file, permutation = _permutation(args, card, len(dataset.train))
@@ -108,7 +139,7 @@ def load_subject(args: Namespace, runtime: Runtime, evaluation_batch: int = EVAL
     if trigger is None:
         announce("no --trigger-info: clean accuracy only, the attack success rate is not known")
     return Subject(
-        network.to(runtime.device, memory_format=torch.channels_last).eval(),
+        network.to(runtime.device),
         normalization,
         defender,
         Evaluator(dataset.test, trigger, defender, normalization, runtime.precision, evaluation_batch),

@@ -7,16 +7,18 @@ import torch
 from torch import Tensor
 
 from data.errors import InputError
-from data.triggers import Trigger
+from data.triggers import MODES, Trigger
 from utils.files import load_torch, save_torch
 
 KEYS = ("trigger_pattern", "trigger_mask", "trigger_alpha", "poison_target", "data_index")
+MODE = "trigger_mode"  # ours, and only in files of triggers that are added; the release's all blend
 
 
 def save_trigger(path: str | Path, trigger: Trigger) -> None:
     """Write a trigger as tensors; raises ``OSError`` where the file cannot be written."""
     parts = (trigger.pattern, trigger.mask, float(trigger.alpha), trigger.target, trigger.data_index)
-    save_torch(path, dict(zip(KEYS, parts, strict=True)))
+    mode = {} if trigger.mode == MODES[0] else {MODE: trigger.mode}
+    save_torch(path, {**dict(zip(KEYS, parts, strict=True)), **mode})
 
 
 def _numbers(content: dict, key: str, path: str | Path) -> Tensor:
@@ -69,10 +71,18 @@ def load_trigger(path: str | Path, num_classes: int) -> Trigger:
         )
     if alpha.numel() != 1 or not target.numel():
         raise InputError(f"{path}: expected one trigger_alpha and at least one poison_target")
+    mode = content.get(MODE, MODES[0])
+    if not isinstance(mode, str) or mode not in MODES:
+        raise InputError(f"{path}: {MODE} is {mode!r}, expected {' or '.join(MODES)}")
+    if mode == "add":
+        pattern = _in_range(pattern, -255, 255, "trigger_pattern", path).float()
+    else:
+        pattern = _whole(_in_range(pattern, 0, 255, "trigger_pattern", path), "trigger_pattern", path).to(torch.uint8)
     return Trigger(
-        _whole(_in_range(pattern, 0, 255, "trigger_pattern", path), "trigger_pattern", path).to(torch.uint8),
+        pattern,
         _in_range(mask, 0, 1, "trigger_mask", path),
         float(_in_range(alpha, 0, 1, "trigger_alpha", path)),
         _whole(_in_range(target, 0, num_classes - 1, "poison_target", path), "poison_target", path).reshape(-1).long(),
         _in_range(index, 0, 2**31, "data_index", path).reshape(-1).long(),
+        mode,
     )

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from data.attacks.attack import AttackConfig, PoisonedSet, draw_poisoned_index, poison_and_relabel
-from data.datasets import ImageSet
+from attacks.attack import AttackContext, PoisonedSet, draw_poisoned_index, stamp_and_relabel, target_class
 from data.seeding import seeded_generator
 from data.triggers import Trigger
 
@@ -18,13 +17,14 @@ def noise_pattern(height: int, width: int) -> tuple[Tensor, Tensor]:
     return pattern, torch.ones(1, height, width, 1, dtype=torch.float64)
 
 
-def blend(full_train: ImageSet, train_index: Tensor, config: AttackConfig) -> PoisonedSet:
-    """Poison with the noise image; arguments as in ``Attack.poison``.
+def poison_blend(context: AttackContext) -> PoisonedSet:
+    """All-to-one: blended images of other classes are labelled as the target.
 
     Raises:
-        InputError: the poison rate leaves no image to poison.
+        InputError: the target is no class, or the poison rate leaves no image to poison.
     """
-    pattern, mask = noise_pattern(*full_train.images.shape[1:3])
-    index = draw_poisoned_index(full_train, train_index, config)
-    trigger = Trigger(pattern, mask, config.alpha, torch.tensor([config.target]), index)
-    return PoisonedSet(poison_and_relabel(full_train, train_index, config, trigger), trigger)
+    target, labels = target_class(context), context.dataset.train.labels
+    pattern, mask = noise_pattern(*context.dataset.train.images.shape[1:3])
+    index = draw_poisoned_index(context, labels != target)
+    trigger = Trigger(pattern, mask, context.options.trigger_alpha, torch.tensor([target]), index)
+    return stamp_and_relabel(context, trigger, torch.full_like(labels, target))

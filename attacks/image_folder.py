@@ -1,0 +1,160 @@
+"""Poisoned sets as folders of pictures: written to be looked at, read to bring in an attack from elsewhere.
+
+A folder holds ``poisoned.csv``, the pictures it names, and, where the trigger is known, ``trigger_info.th``. The
+columns are ``file`` (relative to the folder), ``label``, and, if known, ``index`` (of the training image it was made
+from), ``original_label`` and ``poisoned`` (1 or 0).
+"""
+
+import csv
+import io
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from attacks.attack import AttackContext, PoisonedSet
+from data.datasets import ImageSet
+from data.errors import InputError
+from utils.files import write_text
+from utils.run import announce
+from utils.trigger_file import load_trigger, save_trigger
+
+TABLE, TRIGGER = "poisoned.csv", "trigger_info.th"
+COLUMNS = ("file", "index", "label", "original_label", "poisoned")
+
+
+def check_image_folder(options: Namespace) -> None:
+    """Raise ``ValueError`` where no folder is named."""
+    if not options.poisoned_dir:
+        raise ValueError(f"--poison-type folder needs --poisoned-dir DIR with {TABLE} and the pictures it names")
+
+
+def export_poisoned(context: AttackContext, poisoned: PoisonedSet, folder: Path) -> None:
+    """Write a poisoned set as PNG files by class, with a table of what was done to which image.
+
+    Args:
+        context: of the attack; a resumed run leaves a complete export alone.
+        poisoned: in the order of ``context.train_index``.
+        folder: made if it is not there.
+
+    Raises:
+        InputError: the folder has files in it.
+        OSError: it cannot be written, or the disk is full.
+    """
+    if context.run.saved and (folder / TABLE).exists():
+        return
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError(f"--export-poisoned {folder}: the folder has files in it; empty it or choose another one")
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = list(_rows(context, poisoned))
+    steps = _write_pictures(folder, [row[0] for row in rows], poisoned.train.images.cpu())
+    for _ in context.run.track(steps, len(rows), 0, "exporting", "image"):
+        pass
+    if poisoned.trigger:
+        save_trigger(folder / TRIGGER, poisoned.trigger)
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([COLUMNS, *rows])
+    write_text(folder / TABLE, text.getvalue())
+    announce(
+        f"exported {len(rows)} images to {folder}; train on them with --poison-type folder --poisoned-dir {folder}"
+    )
+
+
+def _rows(context: AttackContext, poisoned: PoisonedSet) -> Iterator[tuple]:
+    marked = torch.zeros(len(context.dataset.train), dtype=torch.bool)
+    if poisoned.trigger:
+        marked[poisoned.trigger.data_index] = True
+    original = context.dataset.train.labels.tolist()
+    for index, label in zip(context.train_index.tolist(), poisoned.train.labels.tolist(), strict=True):
+        yield f"{label}/{index:05d}.png", index, label, original[index], int(marked[index])
+
+
+def _write_pictures(folder: Path, names: list[str], images: Tensor) -> Iterator[str]:
+    for name, image in zip(names, images, strict=True):
+        (folder / name).parent.mkdir(exist_ok=True)
+        buffer = io.BytesIO()
+        Image.fromarray(image.numpy()).save(buffer, format="png")
+        (folder / name).write_bytes(buffer.getvalue())
+        yield name
+
+
+def poison_image_folder(context: AttackContext) -> PoisonedSet:
+    """Read a poisoned set; images made from the defender's held-out ones are left out.
+
+    Raises:
+        InputError: the table or a picture is missing or damaged, a picture has another size than the dataset's, a
+            label or an index is out of range or repeats, or the trigger file is none.
+    """
+    folder, dataset = Path(context.options.poisoned_dir), context.dataset
+    rows = _read_table(folder / TABLE)
+    labels = _whole_numbers(rows, "label", dataset.num_classes, folder)
+    keep = torch.ones(len(rows), dtype=torch.bool)
+    index = poisoned = None
+    if "index" in rows[0]:
+        index = _whole_numbers(rows, "index", len(dataset.train), folder)
+        if len(index.unique()) < len(index):
+            raise InputError(f"{folder / TABLE}: an index repeats; expected each training image at most once")
+        keep = torch.isin(index, context.train_index)
+        announce(f"{folder}: {int((~keep).sum())} of {len(rows)} images are held out from the attacker and left out")
+        poisoned = _whole_numbers(rows, "poisoned", 2, folder) if "poisoned" in rows[0] else None
+    else:
+        announce(f"{folder / TABLE}: no column index, so the defender's images may be among those trained on")
+    names = [row["file"] for row, kept in zip(rows, keep.tolist(), strict=True) if kept]
+    if len(names) < 2:
+        raise InputError(f"{folder / TABLE}: names {len(names)} images to train on")
+    images = torch.empty(len(names), *dataset.train.images.shape[1:], dtype=torch.uint8)
+    for _ in context.run.track(_read_pictures(folder, names, images), len(names), 0, "reading", "image"):
+        pass
+    trigger = None
+    if (folder / TRIGGER).exists():
+        marked = index[keep & poisoned.bool()] if poisoned is not None else torch.zeros(0, dtype=torch.int64)
+        trigger = replace(load_trigger(folder / TRIGGER, dataset.num_classes), data_index=marked)
+    else:
+        announce(f"{folder}: no {TRIGGER}, so the attack success rate is not known")
+    return PoisonedSet(ImageSet(images, labels[keep]).to(dataset.train.images.device), trigger)
+
+
+def _read_table(path: Path) -> list[dict[str, str]]:
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(
+            f"{path}: {getattr(error, 'strerror', None) or error}; expected a table of pictures"
+        ) from error
+    if not rows or not {"file", "label"} <= rows[0].keys() or any(None in row.values() or None in row for row in rows):
+        raise InputError(f"{path}: expected a header with the columns file, label [, index, poisoned] and full rows")
+    return rows
+
+
+def _whole_numbers(rows: list[dict[str, str]], column: str, end: int, folder: Path) -> Tensor:
+    """Return a column as int64, each value in 0..end-1."""
+    try:
+        values = np.array([int(row[column]) for row in rows], dtype=np.int64)
+    except (ValueError, OverflowError) as error:
+        raise InputError(f"{folder / TABLE}: {column} is not a whole number everywhere ({error})") from error
+    outside = values[(values < 0) | (values >= end)]
+    if len(outside):
+        raise InputError(f"{folder / TABLE}: {column} {outside[0]} is outside 0..{end - 1}")
+    return torch.from_numpy(values)
+
+
+def _read_pictures(folder: Path, names: list[str], images: Tensor) -> Iterator[str]:
+    height, width = images.shape[1:3]
+    for number, name in enumerate(names):
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise InputError(f"{folder / TABLE}: file {name} is outside the folder")
+        try:
+            with Image.open(folder / name) as picture:
+                size, pixels = picture.size, np.array(picture.convert("RGB"))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise InputError(f"{folder / name}: not a readable picture ({error})") from error
+        if size != (width, height):
+            raise InputError(f"{folder / name}: {size[0]}x{size[1]} pixels, expected {width}x{height}")
+        images[number] = torch.from_numpy(pixels)
+        yield name

@@ -1,0 +1,540 @@
+"""Every attack: what it changes, what it leaves alone, and the formulas of the papers."""
+
+import csv
+import json
+import math
+import os
+import signal
+from argparse import Namespace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import optimize_mask_cifar as optimize
+import train_backdoor_cifar as train
+from attacks import ATTACKS, AttackContext
+from attacks.clean_label import four_corner_checkerboard, read_clean_label_set
+from attacks.image_folder import export_poisoned, poison_image_folder
+from attacks.input_aware import diversity, mask_loss, mask_of, pattern_of
+from attacks.pgd import pgd
+from attacks.sig import sinusoid
+from data.augment import normalize
+from data.datasets import SYNTHETIC_NORMALIZATION, Dataset, ImageSet
+from data.errors import InputError
+from data.triggers import triggered_test_set
+from models import build_model
+from models.generator import Generator
+from utils.evaluation import inference_copy
+from utils.runtime import Runtime
+from utils.training import TrainConfig, TrainState
+
+FP32 = torch.float32
+STATIC = ["badnets", "badnets-all", "blend", "sig"]
+
+
+@pytest.fixture(scope="module")
+def images():
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (500, 32, 32, 3), generator=generator, dtype=torch.uint8)
+    return ImageSet(pixels, torch.arange(500) % 10)
+
+
+def context_of(name, images, train_index=None, folder=None, **options):
+    """An attack's context with the attack's defaults; the test set is the training set."""
+    dataset = Dataset("drawn", 10, SYNTHETIC_NORMALIZATION, images, images)
+    run = SimpleNamespace(folder=folder, saved=None, track=lambda steps, *_: iter(steps))
+    index = torch.arange(len(images)) if train_index is None else train_index
+    defaults = {"seed": 0, "export_poisoned": None, "poison_target": None, **ATTACKS[name].options}
+    runtime = Runtime(torch.device("cpu"), FP32)
+    return AttackContext(dataset, index, torch.arange(len(images)), Namespace(**{**defaults, **options}), run, runtime)
+
+
+def poison(name, images, train_index=None, **options):
+    return ATTACKS[name].poison(context_of(name, images, train_index, **options))
+
+
+# ---- all attacks that poison once
+
+
+@pytest.mark.parametrize("name", STATIC)
+def test_what_is_poisoned_and_what_stays(name, images):
+    index = torch.arange(50, 500)
+    original = images.images.clone()
+    options = {"poison_rate": 0.1, **({} if name == "badnets-all" else {"poison_target": 2})}
+    poisoned = poison(name, images, index, **options)
+    chosen = poisoned.trigger.data_index
+    assert (chosen >= 50).all() and len(chosen.unique()) == len(chosen)
+    assert torch.equal(images.images, original), "the dataset itself must not change"
+    changed = torch.isin(index, chosen)
+    assert torch.equal(poisoned.train.images[changed], poisoned.trigger.stamp(images.images[index[changed]]))
+    assert torch.equal(poisoned.train.images[~changed], images.images[index[~changed]])
+    assert torch.equal(poisoned.train.labels[~changed], images.labels[index[~changed]])
+    before, after = images.labels[index[changed]], poisoned.train.labels[changed]
+    candidates, expected = {
+        "badnets-all": (450, (before + 1) % 10),
+        "sig": (45, before),
+    }.get(name, (405, torch.full_like(before, 2)))
+    assert len(chosen) == int(0.1 * candidates) and torch.equal(after, expected)
+    if name == "sig":
+        assert (before == 2).all()
+    elif name != "badnets-all":
+        assert (before != 2).all()
+
+
+@pytest.mark.parametrize("name", STATIC)
+def test_the_seed_decides_which_images(name, images):
+    one, again, other = (poison(name, images, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(one.train.images, again.train.images)
+    assert not torch.equal(one.trigger.data_index, other.trigger.data_index)
+    assert torch.equal(one.trigger.pattern, other.trigger.pattern)
+
+
+@pytest.mark.parametrize("name", STATIC)
+def test_rates_and_targets_out_of_range(name, images):
+    with pytest.raises(InputError, match="--poison-rate"):
+        poison(name, images, poison_rate=0.001)
+    if "poison_target" in ATTACKS[name].options:
+        with pytest.raises(InputError, match="--poison-target 10"):
+            poison(name, images, poison_target=10)
+
+
+def test_poison_rate_counts_non_target_images(images):
+    assert len(poison("badnets", images).trigger.data_index) == 22  # 5 % of 450
+
+
+# ---- patterns
+
+
+def test_badnets_pixels(images):
+    stamped = poison("badnets", images).trigger.stamp(images.images[:20])
+    corner = torch.tensor([[0, 0, 255], [0, 255, 0], [255, 0, 255]], dtype=torch.uint8)
+    for channel in range(3):
+        assert (stamped[:, 29:, 29:, channel] == corner).all()
+    rest = torch.ones(32, 32, dtype=torch.bool)
+    rest[29:, 29:] = False
+    assert torch.equal(stamped[:, rest], images.images[:20][:, rest])
+
+
+def test_badnets_all_counts_every_test_image(images):
+    triggered = triggered_test_set(images, poison("badnets-all", images).trigger)
+    assert torch.equal(triggered.labels, (images.labels + 1) % 10)
+
+
+def test_four_corners():
+    pattern, mask = four_corner_checkerboard(32, 32)
+    right = torch.tensor([[0, 0, 255], [0, 255, 0], [255, 0, 255]], dtype=torch.uint8)
+    left = torch.tensor([[255, 0, 0], [0, 255, 0], [255, 0, 255]], dtype=torch.uint8)
+    plane = pattern[0, ..., 0]
+    for rows in (slice(0, 3), slice(29, 32)):
+        assert torch.equal(plane[rows, 29:], right) and torch.equal(plane[rows, :3], left)
+    assert mask.sum() == 36 and mask[0, :3, :3].all() and mask[0, 29:, :3].all()
+
+
+def test_blend_noise_is_stored_and_blended(images):
+    trigger = poison("blend", images).trigger
+    assert trigger.pattern.shape == (1, 32, 32, 3) and trigger.mask.all() and trigger.alpha == 0.2
+    assert 100 < trigger.pattern.float().mean() < 155 and trigger.pattern.float().std() > 60
+
+
+def test_sig_signal(images):
+    pattern, mask = sinusoid(32, 32, 40, 6)
+    for column in range(32):
+        expected = 40 * math.sin(2 * math.pi * column * 6 / 32)
+        assert pattern[0, :, column, 0].tolist() == pytest.approx([expected] * 32, abs=1e-5)
+    assert mask.all()
+    gray = torch.full((2, 32, 32, 3), 128, dtype=torch.uint8)
+    stamped = poison("sig", images).trigger.stamp(gray)
+    signal = [math.floor(128 + 40 * math.sin(2 * math.pi * j * 6 / 32) + 1e-9) for j in range(32)]
+    assert (stamped[0, 5, :, 1].int() - torch.tensor(signal)).abs().max() <= 1  # sin of whole periods is not quite 0
+    black = poison("sig", images).trigger.stamp(torch.zeros(1, 32, 32, 3, dtype=torch.uint8))
+    assert black.max() == 40 and black.min() == 0
+    assert len(triggered_test_set(images, poison("sig", images).trigger)) == 450
+
+
+# ---- clean-label
+
+
+def clean_label_folder(folder, images):
+    changed = images.images.clone()
+    changed[images.labels == 0] = 7
+    np.save(folder / "train_images.npy", changed.numpy())
+    np.save(folder / "train_labels.npy", images.labels.numpy())
+    return changed
+
+
+def test_clean_label_reads_a_published_set(tmp_path, images):
+    changed = clean_label_folder(tmp_path, images)
+    index = torch.arange(499, 49, -1)  # some order of the attacker's images
+    poisoned = poison("clean-label", images, index, clb_dir=str(tmp_path))
+    assert torch.equal(poisoned.train.images, changed[index])
+    assert torch.equal(poisoned.train.labels, images.labels[index])
+    assert set(poisoned.trigger.data_index.tolist()) == set(index[images.labels[index] == 0].tolist())
+
+
+def test_clean_label_bad_folders(tmp_path, images):
+    def read(**options):
+        return poison("clean-label", images, clb_dir=str(tmp_path), **options)
+
+    with pytest.raises(InputError, match="No such file"):
+        read()
+    clean_label_folder(tmp_path, images)
+    with pytest.raises(InputError, match=r"classes \[0\], expected --poison-target 4"):
+        read(poison_target=4)
+    np.save(tmp_path / "train_labels.npy", images.labels.numpy()[::-1])
+    with pytest.raises(InputError, match="keeps the dataset's labels"):
+        read()
+    np.save(tmp_path / "train_images.npy", images.images.numpy()[:7])
+    with pytest.raises(InputError, match=r"expected one array of whole numbers of shape \(500, 32, 32, 3\)"):
+        read()
+    np.save(tmp_path / "train_images.npy", images.images.numpy().astype(">i8") + 256)
+    with pytest.raises(InputError, match="expected 0 to 255"):
+        read()
+    np.save(tmp_path / "train_images.npy", np.array([{}], dtype=object), allow_pickle=True)
+    with pytest.raises(InputError, match="pickle"):
+        read()
+
+
+@pytest.fixture
+def surrogate(tmp_path, network):
+    """A network that has never seen the images, without a card."""
+    torch.save(network.state_dict(), tmp_path / "surrogate.th")
+    return {"clb_surrogate": str(tmp_path / "surrogate.th"), "arch": "resnet18", "widen_factor": 1 / 16}
+
+
+def test_clean_label_builds_a_set(tmp_path, images, surrogate):
+    index = torch.arange(499, 49, -1)
+    context = context_of("clean-label", images, index, tmp_path, clb_steps=2, **surrogate)
+    poisoned = ATTACKS["clean-label"].poison(context)
+    chosen = poisoned.trigger.data_index
+    assert len(chosen) == int(0.8 * 45) and (images.labels[chosen] == 0).all() and (chosen >= 50).all()
+    assert torch.equal(poisoned.train.labels, images.labels[index]), "no label ever changes"
+    changed = torch.isin(index, chosen)
+    assert torch.equal(poisoned.train.images[~changed], images.images[index[~changed]])
+    _, mask = four_corner_checkerboard(32, 32)
+    stamped = poisoned.trigger.stamp(poisoned.train.images[changed])
+    assert torch.equal(stamped, poisoned.train.images[changed]), "the trigger is on it"
+    away = (poisoned.train.images[changed].int() - images.images[index[changed]].int()).abs()
+    assert 0 < (away * (1 - mask)).max() <= 4  # 2 steps of 1.5, truncated
+    again = read_clean_label_set(context, tmp_path / "clean_label_set")
+    assert torch.equal(again.train.images, poisoned.train.images)
+
+
+def test_a_built_set_is_used_again_only_for_the_same_recipe(tmp_path, images, surrogate):
+    def build(**options):
+        ATTACKS["clean-label"].poison(context_of("clean-label", images, None, tmp_path, **surrogate, **options))
+        return (tmp_path / "clean_label_set" / "train_images.npy").stat().st_mtime_ns
+
+    first = build(clb_steps=1)
+    assert build(clb_steps=1) == first
+    second = build(clb_steps=1, seed=1)
+    assert second != first
+    np.save(tmp_path / "clean_label_set" / "train_images.npy", images.images.numpy())  # damaged
+    damaged = (tmp_path / "clean_label_set" / "train_images.npy").stat().st_mtime_ns
+    assert build(clb_steps=1, seed=1) != damaged
+
+
+def test_pgd_stays_in_its_ball_and_raises_the_loss(images, network):
+    folded = inference_copy(network, FP32).requires_grad_(False)
+    clean = images[torch.arange(40)]
+
+    def loss(pixels):
+        return nn.functional.cross_entropy(folded(normalize(pixels, SYNTHETIC_NORMALIZATION)), clean.labels)
+
+    before, losses = loss(clean.images), []
+    for eps, steps in ((2, 1), (4, 10), (16, 40)):
+        hard = pgd(folded, clean, SYNTHETIC_NORMALIZATION, eps, steps, 1.5, FP32)
+        assert hard.dtype == torch.uint8 and (hard.int() - clean.images.int()).abs().max() <= eps
+        losses.append(loss(hard))
+    assert before < losses[0] < losses[1] < losses[2]
+
+
+def test_pgd_step_by_step(images, network):
+    """One step is truncate(x + step_size * sign(gradient)), clipped, with the gradient of autograd on the pixels."""
+    folded = inference_copy(network, FP32)
+    clean = images[torch.arange(8)]
+    x = clean.images.permute(0, 3, 1, 2).float().requires_grad_()
+    nn.functional.cross_entropy(folded((x / 255 - 0.5) / 0.25), clean.labels).backward()
+    expected = (x.detach() + 3 * x.grad.sign()).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    ours = pgd(folded, clean, SYNTHETIC_NORMALIZATION, 16, 1, 3, FP32)
+    assert (ours != expected).float().mean() < 1e-3  # where the gradient is 0 but for rounding
+
+
+# ---- input-aware
+
+
+def test_generator_shapes():
+    for channels in (1, 3):
+        generator = Generator(channels)
+        assert generator(torch.randn(2, 3, 32, 32)).shape == (2, channels, 32, 32)
+        assert isinstance(generator.layers[-1], nn.BatchNorm2d)
+        norms = [m for m in generator.modules() if isinstance(m, nn.BatchNorm2d)]
+        convs = [m for m in generator.modules() if isinstance(m, nn.Conv2d)]
+        assert len(norms) == len(convs) == 13 and all(m.momentum == 0.05 and m.eps == 1e-5 for m in norms)
+        assert [m.out_channels for m in convs] == [32, 32, 64, 64, 128, 128, 128, 128, 64, 64, 32, 32, channels]
+        assert all(m.bias is not None for m in convs)
+
+
+def test_input_aware_formulas():
+    x = torch.randn(4, 1, 8, 8, dtype=torch.float64)
+    assert torch.allclose(pattern_of(x), torch.tanh(x) / 2 + 0.5)
+    assert torch.allclose(mask_of(x), torch.tanh(20 * (torch.tanh(x) / 2 + 0.5) - 10) / 2 + 0.5)
+    a, b, c, d = torch.rand(4, 5, 3, 8, 8, dtype=torch.float64).unbind()
+    rms = lambda t: (t**2).mean((1, 2, 3)).sqrt()  # noqa: E731
+    expected = (rms(a - b) / (rms(c - d) + 1e-7)).mean()
+    assert torch.allclose(diversity(a, b, c, d), expected)
+    assert torch.allclose(mask_loss(a, b, c, d), expected + 100 * (c - 0.032).clamp(min=0).mean())
+
+
+def trainer_of(name, images, epochs=2, **options):
+    context = context_of(name, images, **options)
+    torch.manual_seed(0)
+    config = TrainConfig(epochs, 50, 0.01, milestones=())
+    return ATTACKS[name].make_trainer(build_model("resnet18", 10, 1 / 16), poison(name, images), config, context)
+
+
+@pytest.fixture(scope="module")
+def some(images):
+    return images[torch.arange(200)]
+
+
+def test_published_lengths_and_schedules(some):
+    trainer = trainer_of("iab-one", some, 600)
+    assert trainer.mask_epochs == 25
+    rates = [trainer.learning_rate(epoch) for epoch in (0, 9.9, 10, 20, 25, 124.9, 125, 225, 325, 425, 599)]
+    assert rates == pytest.approx([1e-2, 1e-2, 1e-3, 1e-4, 1e-2, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-6])
+    pattern = [trainer.pattern_config.learning_rate(epoch) for epoch in (0, 199.9, 200, 300, 400, 500)]
+    assert pattern == pytest.approx([1e-2, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6])
+    short = trainer_of("iab-one", some, 24)
+    assert short.mask_epochs == 1 and short.network_config.milestones == pytest.approx((4, 8, 12, 16))
+
+
+def run_epoch(trainer, epoch):
+    state = TrainState.start(torch.device("cpu"), epoch)
+    assert sum(trainer.train_epoch(state)) == len(trainer.train)
+    return state
+
+
+def test_each_phase_trains_its_own_networks(some):
+    trainer = trainer_of("iab-one", some)
+
+    def weights():
+        return [next(net.parameters()).clone() for net in (trainer.network, trainer.pattern_net, trainer.mask_net)]
+
+    start = weights()
+    run_epoch(trainer, 0)
+    middle = weights()
+    assert [torch.equal(a, b) for a, b in zip(start, middle, strict=True)] == [True, True, False]
+    frozen = {name: value.clone() for name, value in trainer.mask_net.state_dict().items()}
+    assert trainer.evaluate(1) is None
+    run_epoch(trainer, 1)
+    assert [torch.equal(a, b) for a, b in zip(middle, weights(), strict=True)] == [False, False, True]
+    assert all(torch.equal(value, frozen[name]) for name, value in trainer.mask_net.state_dict().items())
+
+
+def test_gradients_are_those_of_the_last_step_alone(some, monkeypatch):
+    """Both optimisers are zeroed: after an epoch the gradients are the last loss's, not the sum of all."""
+    import attacks.input_aware as module
+
+    trainer, losses = trainer_of("iab-one", some), []
+    original = module._step
+
+    def recording(loss, *optimizers):
+        nets = trainer.pattern_net, trainer.network
+        losses.append([torch.autograd.grad(loss, list(net.parameters()), retain_graph=True)[0] for net in nets])
+        original(loss, *optimizers)
+
+    monkeypatch.setattr(module, "_step", recording)
+    run_epoch(trainer, 1)
+    assert len(losses) == 4
+    for net, last in zip((trainer.pattern_net, trainer.network), losses[-1], strict=True):
+        torch.testing.assert_close(next(net.parameters()).grad, last)
+
+
+def test_mask_density_falls_towards_its_bound(some):
+    trainer = trainer_of("iab-one", some)
+    inputs = normalize(some.images, SYNTHETIC_NORMALIZATION)
+    trainer.mask_net.train()
+    before = mask_of(trainer.mask_net(inputs)).mean().item()
+    for _ in range(4):
+        run_epoch(trainer, 0)
+    mask = mask_of(trainer.mask_net(inputs))
+    assert mask.min() >= 0 and mask.max() <= 1
+    assert 0 < mask.mean() < 0.7 * before
+
+
+@pytest.mark.parametrize("name", ["iab-one", "iab-all"])
+def test_trigger_of_each_test_image(name, some):
+    trainer = trainer_of(name, some)
+    report = trainer.evaluate(2)
+    trigger = trainer.trigger
+    assert trigger.pattern.shape == (200, 32, 32, 3) and trigger.pattern.dtype == torch.uint8
+    assert trigger.mask.shape == (200, 32, 32, 1) and trigger.mask.min() >= 0 and trigger.mask.max() <= 1
+    expected = (some.labels + 1) % 10 if name == "iab-all" else torch.zeros(200, dtype=torch.int64)
+    assert torch.equal(trigger.target, expected)
+    assert len(triggered_test_set(some, trigger)) == (200 if name == "iab-all" else 180)
+    assert 0 <= report.cross.accuracy <= 1
+    # what the network saw in training, up to the rounding of pixels
+    trainer.pattern_net.eval(), trainer.mask_net.eval(), trainer.network.eval()
+    inputs = normalize(some.images[:8], SYNTHETIC_NORMALIZATION)
+    with torch.no_grad():
+        _, applied = trainer._apply(inputs, inputs)
+    stamped = normalize(trigger.stamp(some.images[:8], torch.arange(8)), SYNTHETIC_NORMALIZATION)
+    assert (applied - stamped).abs().max() < 2 / 255 / 0.25
+
+
+# ---- folders of pictures
+
+
+@pytest.fixture
+def exported(tmp_path, images):
+    context = context_of("badnets", images, torch.arange(499, 49, -1))
+    poisoned = ATTACKS["badnets"].poison(context)
+    export_poisoned(context, poisoned, tmp_path / "set")
+    return tmp_path / "set", poisoned
+
+
+def read(folder, images, train_index=None):
+    return poison_image_folder(context_of("folder", images, train_index, poisoned_dir=str(folder)))
+
+
+def table(folder):
+    with (folder / "poisoned.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write(folder, rows):
+    with (folder / "poisoned.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def test_exported_folder_round_trips(exported, images, capsys):
+    folder, poisoned = exported
+    again = read(folder, images, torch.arange(50, 500))
+    assert torch.equal(again.train.images, poisoned.train.images)
+    assert torch.equal(again.train.labels, poisoned.train.labels)
+    assert set(again.trigger.data_index.tolist()) == set(poisoned.trigger.data_index.tolist())
+    rows = table(folder)
+    marked = [row for row in rows if row["poisoned"] == "1"]
+    assert len(rows) == 450 and {row["label"] for row in marked} == {"0"} and len(marked) == 20
+    assert all(row["file"] == f"{row['label']}/{int(row['index']):05d}.png" for row in rows)
+    fewer = read(folder, images, torch.arange(100, 500))
+    assert len(fewer.train) == 400 and (fewer.trigger.data_index >= 100).all()
+    assert "50 of 450 images are held out" in capsys.readouterr().out
+
+
+def test_somebody_elses_folder(exported, images, capsys):
+    folder, poisoned = exported
+    write(folder, [{"file": row["file"], "label": row["label"]} for row in table(folder)])
+    (folder / "trigger_info.th").unlink()
+    again = read(folder, images)
+    assert torch.equal(again.train.images, poisoned.train.images) and again.trigger is None
+    out = capsys.readouterr().out
+    assert "no column index" in out and "attack success rate is not known" in out
+
+
+def test_export_leaves_other_files_alone(exported, images):
+    folder, poisoned = exported
+    with pytest.raises(InputError, match="has files in it"):
+        export_poisoned(context_of("badnets", images), poisoned, folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder, rows: (folder / "poisoned.csv").unlink(), "No such file"),
+        (lambda folder, rows: (folder / "poisoned.csv").write_bytes(b"\xff\xfe\x00"), "expected a table"),
+        (lambda folder, rows: (folder / "poisoned.csv").write_text("name,class\na,1\n"), "the columns file, label"),
+        (lambda folder, rows: (folder / "poisoned.csv").write_text("file,label\na\n"), "full rows"),
+        (lambda folder, rows: write(folder, [{**rows[0], "label": "10"}, *rows[1:]]), "label 10 is outside 0..9"),
+        (lambda folder, rows: write(folder, [{**rows[0], "label": "cat"}, *rows[1:]]), "label is not a whole number"),
+        (lambda folder, rows: write(folder, [{**rows[0], "index": "500"}, *rows[1:]]), "index 500 is outside"),
+        (lambda folder, rows: write(folder, [rows[0], *rows]), "an index repeats"),
+        (lambda folder, rows: write(folder, [{**rows[0], "file": "../a.png"}, *rows[1:]]), "outside the folder"),
+        (lambda folder, rows: write(folder, rows[:1]), "names 1 images"),
+        (lambda folder, rows: (folder / rows[3]["file"]).unlink(), "not a readable picture"),
+        (
+            lambda folder, rows: (folder / rows[3]["file"]).write_bytes(b"\x89PNG\r\n\x1a\n123"),
+            "not a readable picture",
+        ),
+        (
+            lambda folder, rows: Image.new("RGB", (28, 28)).save(folder / rows[3]["file"]),
+            "28x28 pixels, expected 32x32",
+        ),
+        (lambda folder, rows: (folder / "trigger_info.th").write_bytes(b"no"), "cannot be read|refused"),
+    ],
+)
+def test_bad_folders(exported, images, damage, message):
+    folder, _ = exported
+    damage(folder, table(folder))
+    with pytest.raises(InputError, match=message) as caught:
+        read(folder, images)
+    assert "\n" not in str(caught.value)
+
+
+# ---- every entry of the registry, end to end
+
+
+COMMON = ["--dataset", "tiny", "--widen-factor", "0.0625", "--epoch", "2", "--batch-size", "128", "--threads", "1"]
+
+
+@pytest.fixture
+def flags(request, tmp_path, trained):
+    """The flags that an attack cannot do without."""
+    if request.param == "folder":
+        export = ["--poison-type", "sig", "--export-poisoned", str(tmp_path / "set")]
+        assert train.main([*COMMON, *export, "--output-dir", str(tmp_path / "first")]) == 0
+    needed = {
+        "clean-label": ["--clb-surrogate", str(trained / "last_model.th"), "--clb-steps", "1"],
+        "folder": ["--poisoned-dir", str(tmp_path / "set")],
+    }
+    return [*COMMON, "--poison-type", request.param, *needed.get(request.param, [])]
+
+
+@pytest.mark.parametrize(("name", "flags"), [(name, name) for name in ATTACKS], indirect=["flags"], ids=ATTACKS)
+def test_every_attack_end_to_end(name, flags, tmp_path, monkeypatch):
+    folder = tmp_path / "out"
+    assert train.main([*flags, "--output-dir", str(folder)]) == 0
+    card = json.loads((folder / "last_model.json").read_text())
+    assert card["attack"]["poison_type"] == name
+    iab = name.startswith("iab")
+    assert ("cross_trigger_accuracy" in card["metrics"]) == (folder / "generators.th").exists() == iab
+    files = [path.name for path in folder.glob("*.th")]
+    if name == "benign":
+        assert files.count("trigger_info.th") == 0 and "attack_success_rate" not in card["metrics"]
+    else:
+        assert (folder / "clean_and_triggered.png").read_bytes()[:4] == b"\x89PNG"
+        source = ["--checkpoint", str(folder / "last_model.th"), "--trigger-info", str(folder / "trigger_info.th")]
+        options = ["--val-frac", "0.1", "--nb-iter", "1", "--print-every", "1", "--batch-size", "32", "--threads", "1"]
+        assert optimize.main([*source, *options, "--output-dir", str(folder)]) == 0
+        first = json.loads((folder / "optimize_log.jsonl").read_text().splitlines()[1])
+        assert first["ASR %"] == pytest.approx(card["metrics"]["attack_success_rate"], abs=0.01)
+    if name == "folder":
+        assert (folder / "last_model.th").read_bytes() == (tmp_path / "first" / "last_model.th").read_bytes()
+
+    interrupted = tmp_path / "interrupted"
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, batches=7)  # in the second epoch
+        assert train.main([*flags, "--output-dir", str(interrupted)]) == 130
+    assert not (interrupted / "last_model.th").exists()
+    assert train.main([*flags, "--output-dir", str(interrupted), "--resume"]) == 0
+    for file in files:
+        assert (interrupted / file).read_bytes() == (folder / file).read_bytes(), file
+
+
+def interrupt_after(patch, batches):
+    """Send this process a SIGINT in the middle of a training step."""
+    counted, original = [], TrainState.count
+
+    def count(state, *args):
+        original(state, *args)
+        counted.append(1)
+        if len(counted) == batches:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    patch.setattr(TrainState, "count", count)
