@@ -3,8 +3,8 @@
     python -m benchmarks.speed                              # full width, real CIFAR-10, about 5 CPU minutes
     python -m benchmarks.speed --dataset synthetic --widen-factor 0.25
 
-Every figure is the median over --rounds, plain and fast loop taking turns. The share of peak compares the fast loop's
-convolution and matrix FLOP/s with one large convolution, measured in the same run and precision.
+Every figure is the median over --rounds, plain and fast loop taking turns. The share of peak compares a loop's
+convolution and matrix FLOP/s with one large convolution in the same precision, measured in the same run.
 """
 
 import argparse
@@ -15,12 +15,16 @@ import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.utils.data import RandomSampler
 from torch.utils.flop_counter import FlopCounterMode
 
+from attacks.clean_label import PGD_BATCH
+from attacks.input_aware import InputAwareTrainer
+from attacks.pgd import pgd
 from benchmarks.plain import PlainMasks, plain_evaluate, plain_loader, plain_train
 from data.augment import make_transform
 from data.datasets import Dataset, load_dataset
@@ -39,9 +43,6 @@ from utils.evaluation import EVALUATION_BATCH, evaluate, inference_copy
 from utils.run import versions
 from utils.runtime import Runtime, prepare_runtime
 from utils.training import SgdTrainer, TrainConfig, TrainState
-
-# Passes over the network for each image, in units of a forward pass; weight gradients cost as much as input gradients.
-PASSES = {"step 1, train": 3, "step 2, masks": 6, "step 3, prune": 1}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -65,15 +66,29 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def peak_flops(runtime: Runtime) -> float:
+def peak_flops(device: torch.device, precision: torch.dtype) -> float:
     """Return the FLOP/s of a large convolution, the best of several runs."""
-    layer = nn.Conv2d(256, 256, 3, padding=1, bias=False)
-    layer = layer.to(runtime.device, runtime.precision, memory_format=torch.channels_last)
-    images = torch.randn(64, 256, 32, 32, device=runtime.device, dtype=runtime.precision)
+    layer = nn.Conv2d(256, 256, 3, padding=1, bias=False).to(device, precision, memory_format=torch.channels_last)
+    images = torch.randn(64, 256, 32, 32, device=device, dtype=precision)
     images = images.contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
-        best = min(seconds(lambda: layer(images), runtime.device) for _ in range(8))
+        best = min(seconds(lambda: layer(images), device) for _ in range(8))
     return 2 * 64 * 32 * 32 * 256 * 256 * 9 / best
+
+
+class Loops(NamedTuple):
+    """The loops of one step, each a stretch of ``images`` images, and what they compute.
+
+    ``flops`` are those of a forward pass over one image; the passes say how often the loop makes it, a gradient with
+    respect to the input and one with respect to the weights counting as a pass each.
+    """
+
+    plain: Callable[[], object] | None
+    fast: Callable[[], object]
+    images: int
+    flops: int
+    plain_passes: float
+    fast_passes: float
 
 
 def forward_flops(network: nn.Module, device: torch.device) -> int:
@@ -83,23 +98,26 @@ def forward_flops(network: nn.Module, device: torch.device) -> int:
     return counter.get_total_flops()
 
 
-def step_1(args: argparse.Namespace, dataset: Dataset, network: nn.Module, runtime: Runtime) -> tuple:
-    """Return the plain and the fast loop of step 1, and the images in a stretch."""
+def step_1(args: argparse.Namespace, dataset: Dataset, network: nn.Module, runtime: Runtime) -> Loops:
+    """Training."""
     train = dataset.train[attacker_index(draw_permutation(len(dataset.train)))]
     plain = build_model(args.arch, dataset.num_classes, args.widen_factor).to(runtime.device)
     loader = plain_loader(train.to("cpu"), dataset.normalization, train=True, batch_size=args.batch_size)
     config = TrainConfig(batch_size=args.batch_size, precision=runtime.precision)
     steps = SgdTrainer(network, train, None, dataset, config).train_epoch(TrainState.start(runtime.device))
     batches = ([part.to(runtime.device) for part in batch] for batch in loader)
-    return (
+    return Loops(
         lambda: plain_train(plain, islice(batches, args.batches)),
         lambda: list(islice(steps, args.batches)),
         args.batches * args.batch_size,
+        forward_flops(network, runtime.device),
+        3,
+        3,
     )
 
 
-def step_2(args: argparse.Namespace, dataset: Dataset, network: nn.Module, runtime: Runtime) -> tuple:
-    """Return the plain and the fast loop of step 2, and the images in a stretch."""
+def step_2(args: argparse.Namespace, dataset: Dataset, network: nn.Module, runtime: Runtime) -> Loops:
+    """Mask optimisation: three passes forward and back, the plain loop's with weight gradients."""
     defender = dataset.train[defender_index(draw_permutation(len(dataset.train)), 0.01)]
     config = AnpConfig(batch_size=args.batch_size, precision=runtime.precision, iterations=10**9)
     plain, noisy = PlainMasks(network, config), convert_noisy_batchnorm(network)
@@ -118,12 +136,13 @@ def step_2(args: argparse.Namespace, dataset: Dataset, network: nn.Module, runti
         for images, labels in islice(batches, args.batches):
             plain.iterate(images, labels, torch.rand(2, len(state.mask), device=runtime.device) * 0.8 - 0.4)
 
-    return run_plain, lambda: list(islice(steps, args.batches)), args.batches * args.batch_size
+    images, flops = args.batches * args.batch_size, forward_flops(network, runtime.device)
+    return Loops(run_plain, lambda: list(islice(steps, args.batches)), images, flops, 9, 6)
 
 
-def step_3(args: argparse.Namespace, dataset: Dataset, network: nn.Module, runtime: Runtime) -> tuple:
-    """Return the plain and the fast evaluation of step 3, and the images in a stretch."""
-    count = 5 * EVALUATION_BATCH  # several batches, since folding comes once a row
+def step_3(args: argparse.Namespace, dataset: Dataset, network: nn.Module, runtime: Runtime) -> Loops:
+    """Evaluation of one pruned network."""
+    count = min(5 * EVALUATION_BATCH, len(dataset.test))  # several batches, since folding comes once a row
     images = dataset.test[torch.arange(count)]
     loader = plain_loader(images.to("cpu"), dataset.normalization, train=False, batch_size=args.batch_size)
     plain = build_model(args.arch, dataset.num_classes, args.widen_factor).to(runtime.device)
@@ -135,7 +154,52 @@ def step_3(args: argparse.Namespace, dataset: Dataset, network: nn.Module, runti
     def run_plain():
         plain_evaluate(plain, ([part.to(runtime.device) for part in batch] for batch in loader))
 
-    return run_plain, run_fast, count
+    return Loops(run_plain, run_fast, count, forward_flops(network, runtime.device), 1, 1)
+
+
+def clean_label(args: argparse.Namespace, dataset: Dataset, network: nn.Module, runtime: Runtime) -> Loops:
+    """One PGD step of every image of a batch."""
+    folded = inference_copy(network, runtime.precision).requires_grad_(False)
+    images, flops = dataset.train[torch.arange(PGD_BATCH)], forward_flops(network, runtime.device)
+    settings = dataset.normalization, 16.0, args.batches, 1.5, runtime.precision
+    return Loops(None, lambda: pgd(folded, images, *settings), args.batches * PGD_BATCH, flops, 0, 2)
+
+
+def input_aware(phase: int) -> Callable[..., Loops]:
+    """Return the loop of the input-aware attack's mask generator (0), or of classifier and pattern generator (1)."""
+
+    def prepare(args: argparse.Namespace, dataset: Dataset, network: nn.Module, runtime: Runtime) -> Loops:
+        train = dataset.train[attacker_index(draw_permutation(len(dataset.train)))]
+        config = TrainConfig(2, args.batch_size, 0.01, milestones=(), precision=runtime.precision)
+        trainer = InputAwareTrainer(network, train, dataset, config, torch.zeros_like, 0.1, 0.1)
+        steps = trainer.train_epoch(TrainState.start(runtime.device, phase))
+        generator = forward_flops(trainer.mask_net.eval(), runtime.device)
+        # masks: two images; jointly: a tenth and a tenth of the batch through both generators, one of them trained
+        flops = 2 * 3 * generator if phase == 0 else 3 * forward_flops(network, runtime.device) + 0.2 * 4 * generator
+        images = args.batches * args.batch_size
+        return Loops(None, lambda: list(islice(steps, args.batches)), images, flops, 0, 1)
+
+    return prepare
+
+
+ROWS = {
+    "step 1, train": step_1,
+    "step 2, masks": step_2,
+    "step 3, prune": step_3,
+    "clean-label, a PGD step": clean_label,
+    "input-aware, masks": input_aware(0),
+    "input-aware, jointly": input_aware(1),
+}
+
+
+def measure(loops: Loops, rounds: int, device: torch.device) -> tuple[float | None, float]:
+    """Return images per second of the plain loop, if there is one, and of the fast loop."""
+    todo = [loop for loop in (loops.plain, loops.fast) if loop]
+    for loop in todo:
+        loop()  # warm-up
+    times = [[seconds(loop, device) for loop in todo] for _ in range(rounds)]
+    rates = [loops.images / statistics.median(column) for column in zip(*times, strict=True)]
+    return rates[0] if loops.plain else None, rates[-1]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -144,26 +208,26 @@ def main(argv: list[str] | None = None) -> int:
     runtime = prepare_runtime(args.device, args.precision, args.threads)
     dataset = load_dataset(args.dataset, args.data_dir, runtime.device)
     torch.manual_seed(args.seed)
-    peak = peak_flops(runtime)
+    fp32, peak = (peak_flops(runtime.device, precision) for precision in (torch.float32, runtime.precision))
     print(
         f"{args.arch}, width {args.widen_factor}, batch {args.batch_size}, {runtime.device}, {runtime.precision}, "
         f"{torch.get_num_threads()} threads, {processor(runtime.device)}, torch {versions()['torch']}"
     )
-    print(f"one large convolution: {peak / 1e9:.0f} GFLOP/s; median of {args.rounds} rounds")
-    print(f"{'':14}  {'plain img/s':>11}  {'fast img/s':>11}  {'speed-up':>8}  {'share of peak':>13}")
-    for (name, passes), prepare in zip(PASSES.items(), (step_1, step_2, step_3), strict=True):
+    print(
+        f"one large convolution: {fp32 / 1e9:.0f} GFLOP/s in fp32, {peak / 1e9:.0f} in {runtime.precision}; "
+        f"median of {args.rounds} rounds"
+    )
+    print(f"{'':24} {'plain img/s':>11} {'of fp32 peak':>12} {'fast img/s':>11} {'of peak':>8} {'speed-up':>9}")
+    for name, prepare in ROWS.items():
         network = build_model(args.arch, dataset.num_classes, args.widen_factor)
         network = network.to(runtime.device, memory_format=torch.channels_last)
-        flops = forward_flops(network, runtime.device)
-        plain, fast, images = prepare(args, dataset, network, runtime)
-        plain(), fast()  # warm-up
-        times = [(seconds(plain, runtime.device), seconds(fast, runtime.device)) for _ in range(args.rounds)]
-        slow_rate, fast_rate = (images / statistics.median(column) for column in zip(*times, strict=True))
-        share = 100 * passes * flops * fast_rate / peak
-        print(
-            f"{name:14}  {slow_rate:11.1f}  {fast_rate:11.1f}  {fast_rate / slow_rate:7.2f}x  {share:11.0f} %",
-            flush=True,
-        )
+        loops = prepare(args, dataset, network, runtime)
+        plain, fast = measure(loops, args.rounds, runtime.device)
+        cells = ["-", "-", f"{fast:.1f}", f"{100 * loops.fast_passes * loops.flops * fast / peak:.0f} %", "-"]
+        if plain:
+            share = 100 * loops.plain_passes * loops.flops * plain / fp32
+            cells[:2], cells[4] = [f"{plain:.1f}", f"{share:.0f} %"], f"{fast / plain:.2f}x"
+        print(f"{name:24} {cells[0]:>11} {cells[1]:>12} {cells[2]:>11} {cells[3]:>8} {cells[4]:>9}", flush=True)
     return 0
 
 
