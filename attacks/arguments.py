@@ -1,12 +1,53 @@
 """The flags of the attacks. Their defaults are the attacks' own and stand in the registry."""
 
 import argparse
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from attacks import ATTACKS
 from utils.arguments import number
 
-PIXELS = "0..255 scale"
+
+class Flag(NamedTuple):
+    """A flag that some attacks take: its argparse type, metavar and help."""
+
+    kind: Callable[[str], Any]
+    metavar: str
+    help: str
+
+
+SHARE = number(float, 0, 1, open_low=True)
+PIXEL_STEP = number(float, 0, 255, open_low=True)
+
+FLAGS = {
+    "poison_rate": Flag(
+        SHARE,
+        "X",
+        "share of the images that may be poisoned and are, above 0, at most 1: of the non-target training images; "
+        "of the target class for sig and clean-label; of all images for badnets-all; of each batch for iab-*",
+    ),
+    "poison_target": Flag(number(int, 0), "CLASS", "class that the trigger shall lead to, 0 or more"),
+    "trigger_alpha": Flag(SHARE, "X", "opacity of the trigger, above 0, at most 1; 1 is fully opaque"),
+    "cross_rate": Flag(
+        SHARE, "X", "share of each batch that carries another image's trigger and keeps its label, above 0, below 1"
+    ),
+    "sig_delta": Flag(PIXEL_STEP, "X", "amplitude of the signal, above 0, at most 255 (a pixel's full range)"),
+    "sig_frequency": Flag(number(float, 0, open_low=True), "X", "periods of the signal across the picture, above 0"),
+    "clb_surrogate": Flag(
+        str, "FILE", "a clean network (step 1 with --poison-type benign) against which the clean-label set is built"
+    ),
+    "clb_dir": Flag(
+        str, "DIR", "a clean-label set to read instead: train_images.npy and train_labels.npy of all training images"
+    ),
+    "clb_eps": Flag(number(float, 0, 255), "X", "Linf size of the adversarial perturbation, 0 to 255"),
+    "clb_steps": Flag(number(int, 1), "N", "PGD steps, 1 or more"),
+    "clb_step_size": Flag(PIXEL_STEP, "X", "size of a PGD step, above 0, at most 255"),
+    "poisoned_dir": Flag(
+        str,
+        "DIR",
+        "a poisoned set as pictures, as --export-poisoned writes it: poisoned.csv, its pictures, trigger_info.th",
+    ),
+}
 
 
 def add_attack_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,37 +56,10 @@ def add_attack_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--poison-type", choices=list(ATTACKS), default="badnets", help="the attack; benign trains a clean network"
     )
-    _add(
-        group, "--poison-rate", number(float, 0, 1, open_low=True), "X",
-        "share of the images that may be poisoned and are, above 0, at most 1: of the non-target training images; "
-        "of the target class for sig and clean-label; of all images for badnets-all; of each batch for iab-*",
-    )  # fmt: skip
-    _add(group, "--poison-target", number(int, 0), "CLASS", "class that the trigger shall lead to, 0 or more")
-    _add(
-        group, "--trigger-alpha", number(float, 0, 1, open_low=True), "X",
-        "opacity of the trigger, above 0, at most 1; 1 is fully opaque",
-    )  # fmt: skip
-    _add(
-        group, "--cross-rate", number(float, 0, 1, open_low=True), "X",
-        "share of each batch that carries another image's trigger and keeps its label, above 0, below 1",
-    )  # fmt: skip
-    _add(group, "--sig-delta", number(float, 0, 255, open_low=True), "X", f"amplitude of the signal, {PIXELS}, above 0")
-    _add(group, "--sig-frequency", number(float, 0, open_low=True), "X", "periods of the signal, above 0")
-    _add(
-        group, "--clb-surrogate", str, "FILE",
-        "a clean network (step 1 with --poison-type benign) against which the clean-label set is built",
-    )  # fmt: skip
-    _add(
-        group, "--clb-dir", str, "DIR",
-        "a clean-label set to read instead: train_images.npy and train_labels.npy of all training images",
-    )  # fmt: skip
-    _add(group, "--clb-eps", number(float, 0, 255), "X", f"size of the adversarial perturbation, Linf, {PIXELS}")
-    _add(group, "--clb-steps", number(int, 1), "N", "PGD steps, 1 or more")
-    _add(group, "--clb-step-size", number(float, 0, 255, open_low=True), "X", f"size of a PGD step, {PIXELS}, above 0")
-    _add(
-        group, "--poisoned-dir", str, "DIR",
-        "a poisoned set as pictures, as --export-poisoned writes it: poisoned.csv, its pictures, trigger_info.th",
-    )  # fmt: skip
+    for name, flag in FLAGS.items():
+        group.add_argument(
+            _spelled(name), type=flag.kind, metavar=flag.metavar, help=f"{flag.help} (default: {_defaults(name)})"
+        )
     group.add_argument(
         "--export-poisoned",
         metavar="DIR",
@@ -53,15 +67,17 @@ def add_attack_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add(group: argparse._ArgumentGroup, flag: str, kind: Any, metavar: str, text: str) -> None:
-    """Add a flag and say which attack takes it with which default."""
-    name = flag.removeprefix("--").replace("-", "_")
-    defaults: dict[Any, list[str]] = {}
+def _spelled(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _defaults(name: str) -> str:
+    """Say which attack takes a flag with which default."""
+    takers: dict[Any, list[str]] = {}
     for attack_name, attack in ATTACKS.items():
         if name in attack.options:
-            defaults.setdefault(attack.options[name], []).append(attack_name)
-    shown = "; ".join(f"{'none' if value is None else value} for {', '.join(of)}" for value, of in defaults.items())
-    group.add_argument(flag, type=kind, metavar=metavar, help=f"{text} (default: {shown})")
+            takers.setdefault(attack.options[name], []).append(attack_name)
+    return "; ".join(f"{'none' if value is None else value} for {', '.join(of)}" for value, of in takers.items())
 
 
 def complete_arguments(args: argparse.Namespace) -> None:
@@ -74,8 +90,7 @@ def complete_arguments(args: argparse.Namespace) -> None:
     options = {**attack.training, **attack.options}
     for name in {name for other in ATTACKS.values() for name in (*other.training, *other.options)} - options.keys():
         if getattr(args, name) is not None:
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag} has no effect with --poison-type {args.poison_type}; leave it out")
+            raise ValueError(f"{_spelled(name)} has no effect with --poison-type {args.poison_type}; leave it out")
     attack.check(args)
     for name, default in options.items():
         if getattr(args, name) is None:

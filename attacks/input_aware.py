@@ -47,8 +47,8 @@ def diversity(images_1: Tensor, images_2: Tensor, drawn_1: Tensor, drawn_2: Tens
         float (B, C, H, W) each -> float ().
     """
 
-    def distance(one: Tensor, two: Tensor) -> Tensor:
-        return (one - two).square().mean((1, 2, 3)).sqrt()
+    def distance(one: Tensor, two: Tensor) -> Tensor:  # the root of 0 would have a gradient of NaN
+        return (one - two).square().mean((1, 2, 3)).clamp(min=1e-20).sqrt()
 
     return (distance(images_1, images_2) / (distance(drawn_1, drawn_2) + 1e-7)).mean()
 

@@ -1,6 +1,7 @@
 """The pictures that lie next to the text files."""
 
 import io
+import math
 from pathlib import Path
 
 import matplotlib
@@ -18,6 +19,13 @@ SWEEP_LINES = {
     "ASR %": (TRIGGERED, "ASR"),
     "defender acc %": ("tab:green", "accuracy on the defender's images"),
 }
+# column of the training log: colour, label
+TRAINING_LINES = {
+    "train acc %": ("gray", "training accuracy (poisoned set)"),
+    "C-Acc %": (CLEAN, "C-Acc"),
+    "ASR %": (TRIGGERED, "ASR"),
+    "cross %": ("tab:orange", "accuracy with other images' triggers"),
+}
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -28,13 +36,13 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def plot_training(path: Path, rows: list[dict]) -> None:
-    """Draw training accuracy, C-Acc and ASR against the epoch."""
+    """Draw training accuracy, C-Acc, ASR and cross-trigger accuracy against the epoch, as far as they are known."""
     axes = Figure(figsize=(5.5, 3.5)).subplots()
     epochs = [row["epoch"] for row in rows]
-    axes.plot(epochs, [row["train acc %"] for row in rows], color="gray", label="training accuracy (poisoned set)")
-    axes.plot(epochs, [row["C-Acc %"] for row in rows], color=CLEAN, label="C-Acc")
-    if rows and rows[0]["ASR %"] is not None:
-        axes.plot(epochs, [row["ASR %"] for row in rows], color=TRIGGERED, label="ASR")
+    for name, (colour, title) in TRAINING_LINES.items():
+        values = [row.get(name) for row in rows]
+        if any(value is not None for value in values):
+            axes.plot(epochs, [math.nan if value is None else value for value in values], color=colour, label=title)
     axes.set(xlabel="epoch", ylabel="percent", ylim=(-2, 102))
     axes.legend()
     _save(axes.figure, path)
