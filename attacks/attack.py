@@ -135,3 +135,19 @@ def stamp_and_relabel(context: AttackContext, trigger: Trigger, labels: Tensor |
     if labels is not None:
         train.labels[position] = labels.to(train.labels.device)[context.train_index[position]]
     return PoisonedSet(train, trigger)
+
+
+def poison_all_to_one(context: AttackContext, pattern: Tensor, mask: Tensor) -> PoisonedSet:
+    """Stamp a share of the images of other classes and label them as the target.
+
+    Args:
+        context: of the attack.
+        pattern, mask: the trigger, uint8 (1, H, W, C or 1) and floating (1, H, W, 1).
+
+    Raises:
+        InputError: the target is no class, or the poison rate leaves no image to poison.
+    """
+    target, labels = target_class(context), context.dataset.train.labels
+    index = draw_poisoned_index(context, labels != target)
+    trigger = Trigger(pattern, mask, context.options.trigger_alpha, torch.tensor([target]), index)
+    return stamp_and_relabel(context, trigger, torch.full_like(labels, target))

@@ -8,8 +8,8 @@ from attacks.attack import (
     PoisonedSet,
     draw_poisoned_index,
     next_class,
+    poison_all_to_one,
     stamp_and_relabel,
-    target_class,
 )
 from data.triggers import Trigger
 
@@ -26,16 +26,8 @@ def corner_checkerboard(height: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 def poison_badnets(context: AttackContext) -> PoisonedSet:
-    """All-to-one: stamped images of other classes are labelled as the target.
-
-    Raises:
-        InputError: the target is no class, or the poison rate leaves no image to poison.
-    """
-    target, labels = target_class(context), context.dataset.train.labels
-    pattern, mask = corner_checkerboard(*context.dataset.train.images.shape[1:3])
-    index = draw_poisoned_index(context, labels != target)
-    trigger = Trigger(pattern, mask, context.options.trigger_alpha, torch.tensor([target]), index)
-    return stamp_and_relabel(context, trigger, torch.full_like(labels, target))
+    """All-to-one: stamped images of other classes are labelled as the target; raises as ``poison_all_to_one``."""
+    return poison_all_to_one(context, *corner_checkerboard(*context.dataset.train.images.shape[1:3]))
 
 
 def poison_badnets_all(context: AttackContext) -> PoisonedSet:

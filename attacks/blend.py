@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from attacks.attack import AttackContext, PoisonedSet, draw_poisoned_index, stamp_and_relabel, target_class
+from attacks.attack import AttackContext, PoisonedSet, poison_all_to_one
 from data.seeding import seeded_generator
-from data.triggers import Trigger
 
 NOISE_SEED = 0  # one noise image for every run; it is stored in trigger_info.th
 
@@ -18,13 +17,5 @@ def noise_pattern(height: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 def poison_blend(context: AttackContext) -> PoisonedSet:
-    """All-to-one: blended images of other classes are labelled as the target.
-
-    Raises:
-        InputError: the target is no class, or the poison rate leaves no image to poison.
-    """
-    target, labels = target_class(context), context.dataset.train.labels
-    pattern, mask = noise_pattern(*context.dataset.train.images.shape[1:3])
-    index = draw_poisoned_index(context, labels != target)
-    trigger = Trigger(pattern, mask, context.options.trigger_alpha, torch.tensor([target]), index)
-    return stamp_and_relabel(context, trigger, torch.full_like(labels, target))
+    """All-to-one: blended images of other classes are labelled as the target; raises as ``poison_all_to_one``."""
+    return poison_all_to_one(context, *noise_pattern(*context.dataset.train.images.shape[1:3]))
