@@ -7,7 +7,8 @@ The paper (ResNet-18, BadNets 5 %, target 0; hours on a GPU):
     python train_backdoor_cifar.py --output-dir ./save
 
 Writes to the output folder: last_model.th and its card last_model.json, model_init.th, model_{epoch}.th,
-trigger_info.th, train_log.jsonl, train_curves.png, clean_and_triggered.png.
+trigger_info.th, train_log.jsonl, train_curves.png, clean_and_triggered.png; generators.th for input-aware attacks and
+clean_label_set/ for clean-label.
 """
 
 import argparse
@@ -21,8 +22,8 @@ import torch
 from torch import nn
 
 from attacks import ATTACKS, AttackContext, PoisonedSet
-from attacks.arguments import add_attack_arguments, complete_arguments
-from attacks.image_folder import export_poisoned
+from attacks.arguments import add_attack_arguments, complete_arguments, describe_default
+from attacks.image_folder import export_poisoned, refuse_other_files
 from data.datasets import Dataset, ImageSet, load_dataset
 from data.errors import InputError
 from data.seeding import seeded_weights
@@ -49,7 +50,7 @@ from utils.trigger_file import save_trigger
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of step 1."""
     parser = make_parser(__doc__)
-    add_training_arguments(parser)
+    add_training_arguments(parser, describe_default)
     add_attack_arguments(parser)
     add_model_arguments(parser, from_card=False)
     add_data_arguments(parser, default_dataset="cifar10")
@@ -80,17 +81,18 @@ def poison(context: AttackContext) -> PoisonedSet:
     """
     name = context.options.poison_type
     poisoned = ATTACKS[name].poison(context)
-    if poisoned.trigger:
-        count, total = len(poisoned.trigger.data_index), len(context.train_index)
+    count, total = poisoned.count, len(poisoned.train)
+    if count:
         announce(f"{name}: {count} of {total} training images poisoned ({100 * count / total:.2f} %)")
     return poisoned
 
 
 def attack_card(args: argparse.Namespace, poisoned: PoisonedSet) -> dict[str, Any]:
     """Return what a model card says about the attack."""
-    count = len(poisoned.trigger.data_index) if poisoned.trigger else None
     options = {name: getattr(args, name) for name in ATTACKS[args.poison_type].options}
-    return {"poison_type": args.poison_type, **options, "poisoned_images": count}
+    opacity = {"trigger_alpha": poisoned.trigger.alpha} if poisoned.trigger else {}
+    known = {"poison_type": args.poison_type, **options, **opacity, "poisoned_images": poisoned.count}
+    return {name: value for name, value in known.items() if value is not None}
 
 
 def start_network(args: argparse.Namespace, dataset: Dataset, runtime: Runtime) -> nn.Module:
@@ -134,12 +136,21 @@ def write_trigger(run: Run, clean_test: ImageSet, trigger: Trigger) -> None:
     plot_images(run.folder / "clean_and_triggered.png", clean, trigger.stamp(clean, index))
 
 
-def refuse_older_training(run: Run) -> None:
-    """Make sure that no trained network is lost.
+def refuse_to_lose_files(args: argparse.Namespace, run: Run) -> None:
+    """Make sure, before any work is done, that no trained network and no input is lost.
 
     Raises:
-        InputError: one is there, and neither ``--overwrite`` was given nor is this run a continuation.
+        InputError: a trained network is there, and neither ``--overwrite`` was given nor is this run a continuation;
+            an input would be overwritten; other files lie where the poisoned set shall go.
     """
+    output = run.folder.absolute()
+    if args.clb_surrogate and Path(args.clb_surrogate).absolute().parent == output:
+        raise InputError(f"--clb-surrogate {args.clb_surrogate} lies in --output-dir; choose another --output-dir")
+    for flag, path in (("--clb-dir", args.clb_dir), ("--poisoned-dir", args.poisoned_dir)):
+        if path and Path(path).absolute() in (output, *output.parents):
+            raise InputError(f"{flag} {path} holds --output-dir {run.folder}; choose another --output-dir")
+    if args.export_poisoned:
+        refuse_other_files(Path(args.export_poisoned))
     if (run.folder / "last_model.th").exists() and not (run.overwriting or run.saved):
         raise InputError(f"{run.folder / 'last_model.th'} is there already; choose another --output-dir or --overwrite")
 
@@ -162,7 +173,7 @@ def clear_folder(run: Run) -> None:
 
 def train(args: argparse.Namespace, run: Run) -> None:
     """Carry out step 1 in the run's folder."""
-    refuse_older_training(run)
+    refuse_to_lose_files(args, run)
     runtime = run.prepare_runtime()
     dataset = load_dataset(args.dataset, args.data_dir, runtime.device)
     permutation = load_permutation(args.split_file, len(dataset.train))
@@ -180,11 +191,11 @@ def train(args: argparse.Namespace, run: Run) -> None:
         write_trigger(run, dataset.test, poisoned.trigger)
     for row, report in fit(run, trainer):
         described = {**card, "epochs": row["epoch"], "metrics": report.rounded() if report else {}}
-        if row["epoch"] % args.save_every == 0:
+        if report and row["epoch"] % args.save_every == 0:
             save_with_card(run.folder / f"model_{row['epoch']}.th", network.state_dict(), described)
     save_with_card(run.folder / "last_model.th", network.state_dict(), described)
     for name, state_dict in trainer.companions().items():
-        save_with_card(run.folder / f"{name}.th", state_dict, described)
+        save_with_card(run.folder / f"{name}.th", state_dict, {"content": name, "trained_with": described})
     if trainer.trigger is not poisoned.trigger:  # learnt with the network
         write_trigger(run, dataset.test, trainer.trigger)
     plot_training(run.folder / "train_curves.png", run.log.rows)

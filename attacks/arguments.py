@@ -58,7 +58,10 @@ def add_attack_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for name, flag in FLAGS.items():
         group.add_argument(
-            _spelled(name), type=flag.kind, metavar=flag.metavar, help=f"{flag.help} (default: {_defaults(name)})"
+            _spelled(name),
+            type=flag.kind,
+            metavar=flag.metavar,
+            help=f"{flag.help} (default: {describe_default(name)})",
         )
     group.add_argument(
         "--export-poisoned",
@@ -71,13 +74,14 @@ def _spelled(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _defaults(name: str) -> str:
-    """Say which attack takes a flag with which default."""
-    takers: dict[Any, list[str]] = {}
+def describe_default(name: str) -> str:
+    """Say which attack takes a flag with which default, for the help."""
+    takers: dict[str, list[str]] = {}
     for attack_name, attack in ATTACKS.items():
-        if name in attack.options:
-            takers.setdefault(attack.options[name], []).append(attack_name)
-    return "; ".join(f"{'none' if value is None else value} for {', '.join(of)}" for value, of in takers.items())
+        for value in (options[name] for options in (attack.training, attack.options) if name in options):
+            shown = " ".join(map(str, value)) if isinstance(value, list) else "none" if value is None else str(value)
+            takers.setdefault(shown, []).append(attack_name)
+    return "; ".join(f"{shown} for {', '.join(of)}" for shown, of in takers.items())
 
 
 def complete_arguments(args: argparse.Namespace) -> None:
@@ -88,10 +92,11 @@ def complete_arguments(args: argparse.Namespace) -> None:
     """
     attack = ATTACKS[args.poison_type]
     options = {**attack.training, **attack.options}
-    for name in {name for other in ATTACKS.values() for name in (*other.training, *other.options)} - options.keys():
+    owned = {name for other in ATTACKS.values() for name in (*other.training, *other.options)}
+    for name in sorted(owned - options.keys()):
         if getattr(args, name) is not None:
             raise ValueError(f"{_spelled(name)} has no effect with --poison-type {args.poison_type}; leave it out")
-    attack.check(args)
+    unset = attack.check(args)
     for name, default in options.items():
-        if getattr(args, name) is None:
+        if getattr(args, name) is None and name not in unset:
             setattr(args, name, default)

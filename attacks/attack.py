@@ -1,7 +1,7 @@
 """What every attack is given and what it returns."""
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,19 +43,25 @@ class AttackContext:
 
 @dataclass(frozen=True)
 class PoisonedSet:
-    """The attacker's training set, in the order of ``train_index``, and the trigger.
+    """The attacker's training set and the trigger.
 
     Attributes:
-        train: what the network is trained on.
+        train: what the network is trained on, in the order of ``AttackContext.train_index`` unless it was read.
         trigger: None where there is none, or where it is learnt with the network.
     """
 
     train: ImageSet
     trigger: Trigger | None
 
+    @property
+    def count(self) -> int | None:
+        """Number of poisoned images; None where it is not known, or differs from batch to batch."""
+        return len(self.trigger.data_index) or None if self.trigger else None
 
-def _no_contradiction(options: Namespace) -> None:
+
+def _no_contradiction(options: Namespace) -> frozenset[str]:
     """The check of an attack whose flags go with each other in any way."""
+    return frozenset()
 
 
 def _sgd_trainer(network: nn.Module, poisoned: PoisonedSet, config: TrainConfig, context: AttackContext) -> Trainer:
@@ -71,14 +77,15 @@ class Attack:
         options: the flags of step 1 that the attack takes, by name, with its defaults. Any other attack's flag
             is refused.
         training: the same for the flags of the training; the default is the paper's.
-        check: raises ``ValueError`` where given flags contradict each other.
+        check: is given the flags before defaults are filled in; raises ``ValueError`` where they contradict each
+            other, and returns the names of those that shall stay unset.
         make_trainer: for attacks that train more than the network.
     """
 
     poison: Callable[[AttackContext], PoisonedSet]
     options: dict[str, Any]
     training: dict[str, Any] = field(default_factory=PAPER_TRAINING.copy)
-    check: Callable[[Namespace], None] = _no_contradiction
+    check: Callable[[Namespace], Collection[str]] = _no_contradiction
     make_trainer: Callable[[nn.Module, PoisonedSet, TrainConfig, AttackContext], Trainer] = _sgd_trainer
 
 

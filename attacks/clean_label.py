@@ -5,19 +5,22 @@ The images are made hard to classify first, so that the network learns the trigg
 
 import io
 import json
+import shutil
 import zipfile
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from attacks.attack import AttackContext, PoisonedSet, draw_poisoned_index, target_class
 from attacks.badnets import corner_checkerboard
 from attacks.pgd import pgd
-from data.datasets import ImageSet
+from data.datasets import ImageSet, Normalization
 from data.errors import InputError
 from data.split import permutation_digest
 from data.triggers import Trigger
@@ -27,19 +30,27 @@ from utils.run import announce
 from utils.subject import load_surrogate
 
 IMAGES, LABELS, RECIPE = "train_images.npy", "train_labels.npy", "recipe.json"
+BUILDING = ("poison_rate", "clb_eps", "clb_steps", "clb_step_size")  # flags for building a set
 PGD_BATCH = 100  # images perturbed at a time
 
 
-def check_clean_label(options: Namespace) -> None:
-    """Raise ``ValueError`` unless one source is named, and where flags would not matter."""
+def check_clean_label(options: Namespace) -> set[str]:
+    """Return the flags that a set which is read decides by itself.
+
+    Raises:
+        ValueError: none or two sources are named, or a flag is given that only matters where a set is built.
+    """
     if bool(options.clb_dir) == bool(options.clb_surrogate):
         raise ValueError(
             "--poison-type clean-label needs either --clb-surrogate FILE, a clean network to build the set against, or "
             f"--clb-dir DIR with {IMAGES} and {LABELS}"
         )
-    for name in ("poison_rate", "trigger_alpha", "clb_eps", "clb_steps", "clb_step_size"):
-        if options.clb_dir and getattr(options, name) is not None:
+    if not options.clb_dir:
+        return set()
+    for name in BUILDING:
+        if getattr(options, name) is not None:
             raise ValueError(f"--{name.replace('_', '-')} has no effect with --clb-dir; leave it out")
+    return {*BUILDING, "trigger_alpha"}
 
 
 def four_corner_checkerboard(height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -60,69 +71,101 @@ def poison_clean_label(context: AttackContext) -> PoisonedSet:
     Raises:
         InputError: the target is no class, the surrogate cannot be used, the rate leaves no image to poison, or the
             folder is not as ``read_clean_label_set`` needs it.
+        OSError: the set cannot be written.
     """
-    folder = Path(context.options.clb_dir or context.run.folder / "clean_label_set")
-    if not context.options.clb_dir:
-        recipe = _recipe(context)
-        if not _is_there(folder, recipe):
-            build_clean_label_set(context, folder, recipe)
+    if context.options.clb_dir:
+        return read_clean_label_set(context, Path(context.options.clb_dir))
+    folder = context.run.folder / "clean_label_set"
+    target_class(context)
+    network, normalization = load_surrogate(
+        context.options.clb_surrogate, context.options, context.dataset, context.permutation
+    )
+    recipe = _recipe(context)
+    if not _is_there(folder, recipe):
+        network = inference_copy(network.to(context.runtime.device), context.runtime.precision).requires_grad_(False)
+        build_clean_label_set(context, folder, recipe, network, normalization)
     return read_clean_label_set(context, folder)
 
 
 def _recipe(context: AttackContext) -> dict[str, Any]:
     """Return all that a built set depends on."""
-    names = ("poison_target", "poison_rate", "trigger_alpha", "clb_eps", "clb_steps", "clb_step_size", "seed")
+    names = ("poison_target", "trigger_alpha", *BUILDING, "seed")
     return {
         **{name: getattr(context.options, name) for name in names},
         "dataset": context.dataset.name,
         "split": permutation_digest(context.permutation),
         "surrogate": sha256_of(context.options.clb_surrogate),
         "runtime": [str(context.runtime.device), str(context.runtime.precision), torch.get_num_threads()],
+        "torch": torch.__version__,
     }
+
+
+def _read_recipe(folder: Path) -> dict[str, Any]:
+    """Return what a set was built from; empty where that is not known."""
+    try:
+        recipe = json.loads((folder / RECIPE).read_text())
+    except (FileNotFoundError, ValueError):  # not ours, or damaged: then it is built again
+        return {}
+    return recipe if isinstance(recipe, dict) else {}
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    return {name: sha256_of(folder / name) for name in (IMAGES, LABELS) if (folder / name).exists()}
 
 
 def _is_there(folder: Path, recipe: dict[str, Any]) -> bool:
     """Say whether a set of the same recipe was built before, as when a training is resumed."""
-    if not (folder / RECIPE).exists():
-        return False
-    digests = {name: sha256_of(folder / name) for name in (IMAGES, LABELS) if (folder / name).exists()}
-    return json.loads((folder / RECIPE).read_text()) == {**recipe, "sha256": digests}
+    return _read_recipe(folder) == {**recipe, "sha256": _digests(folder)}
 
 
-def build_clean_label_set(context: AttackContext, folder: Path, recipe: dict[str, Any]) -> None:
+def build_clean_label_set(
+    context: AttackContext, folder: Path, recipe: dict[str, Any], network: nn.Module, normalization: Normalization
+) -> None:
     """Perturb and stamp a share of the attacker's target-class images, and write all training images.
 
+    Every finished batch is kept in the folder, so that a build that was interrupted goes on.
+
+    Args:
+        context: of the attack.
+        folder: where the set is written.
+        recipe: what it depends on.
+        network: the surrogate, as ``inference_copy`` returns it.
+        normalization: of the surrogate's input.
+
     Raises:
-        InputError: as ``poison_clean_label``.
+        InputError: the rate leaves no image to poison.
+        OSError: the folder cannot be written.
     """
-    options, dataset = context.options, context.dataset
-    target = target_class(context)
-    network, normalization = load_surrogate(options.clb_surrogate, options, dataset, context.permutation)
-    network = inference_copy(network.to(context.runtime.device), context.runtime.precision).requires_grad_(False)
-    index = draw_poisoned_index(context, dataset.train.labels == target)
-    trigger = Trigger(
-        *four_corner_checkerboard(*dataset.train.images.shape[1:3]),
-        options.trigger_alpha,
-        torch.tensor([target]),
-        index,
-    )
-    images = dataset.train.images.clone()
+    options, clean = context.options, context.dataset.train
+    index = draw_poisoned_index(context, clean.labels == options.poison_target)
+    pattern, mask = four_corner_checkerboard(*clean.images.shape[1:3])
+    trigger = Trigger(pattern, mask, options.trigger_alpha, torch.tensor([options.poison_target]), index)
+    if _read_recipe(folder) != recipe:  # else parts of the same set are there
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        write_json(folder / RECIPE, recipe)
+    settings = options.clb_eps, options.clb_steps, options.clb_step_size, context.runtime.precision
+    images = clean.images.clone()
+    parts = [(folder / f"part_{number:04d}.npy", part) for number, part in enumerate(index.split(PGD_BATCH))]
 
-    def perturb():
-        for part in index.split(PGD_BATCH):
-            settings = (options.clb_eps, options.clb_steps, options.clb_step_size, context.runtime.precision)
-            images[part] = trigger.stamp(pgd(network, dataset.train[part], normalization, *settings))
-            yield part
+    def perturb() -> Iterator[Tensor]:
+        for path, part in parts:
+            if not path.exists():
+                for perturbed in pgd(network, clean[part], normalization, *settings):
+                    yield perturbed
+                _write_array(path, perturbed)
+            perturbed = _read_array(path, (len(part), *clean.images.shape[1:])).to(images.device)
+            images[part] = trigger.stamp(perturbed)
 
-    for _ in context.run.track(perturb(), -(-len(index) // PGD_BATCH), 0, "clean-label set", "batch"):
+    done = options.clb_steps * sum(path.exists() for path, _ in parts)
+    for _ in context.run.track(perturb(), options.clb_steps * len(parts), done, "clean-label set", "step"):
         pass
-    folder.mkdir(exist_ok=True)
-    (folder / RECIPE).unlink(missing_ok=True)
     _write_array(folder / IMAGES, images)
-    _write_array(folder / LABELS, dataset.train.labels)
-    digests = {name: sha256_of(folder / name) for name in (IMAGES, LABELS)}
-    write_json(folder / RECIPE, {**recipe, "sha256": digests})
-    announce(f"saved {folder}: {len(index)} images of class {target} perturbed and stamped; use again with --clb-dir")
+    _write_array(folder / LABELS, clean.labels)
+    write_json(folder / RECIPE, {**recipe, "sha256": _digests(folder)})
+    for path, _ in parts:
+        path.unlink()
+    announce(f"saved {folder}: {len(index)} images perturbed and stamped; use it again with --clb-dir")
 
 
 def _write_array(path: Path, values: Tensor) -> None:
@@ -134,7 +177,7 @@ def _write_array(path: Path, values: Tensor) -> None:
 def _read_array(path: Path, shape: tuple[int, ...]) -> Tensor:
     try:
         array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, MemoryError, OverflowError, TokenError, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: {error}; --clb-dir expects {IMAGES} and {LABELS}") from error
     if not isinstance(array, np.ndarray) or array.shape != shape or array.dtype.kind not in "ui":
         raise InputError(f"{path}: expected one array of whole numbers of shape {shape}")
@@ -150,9 +193,14 @@ def read_clean_label_set(context: AttackContext, folder: Path) -> PoisonedSet:
     are those whose pixels differ from the dataset's.
 
     Raises:
-        InputError: a file is missing, damaged or of another size, its labels are not the dataset's, or other images
-            than the target's were changed.
+        InputError: a file is missing, damaged or of another size, its labels are not the dataset's, other images
+            than the target's were changed, or the opacity is not the one it was built with.
     """
+    recipe, alpha = _read_recipe(folder), context.options.trigger_alpha
+    built_with = recipe.get("trigger_alpha")
+    if None not in (alpha, built_with) and alpha != built_with:
+        raise InputError(f"--trigger-alpha {alpha}: {folder / RECIPE} says {built_with}; leave the flag out")
+    alpha = next(value for value in (alpha, built_with, 1.0) if value is not None)
     target, clean, train_index = target_class(context), context.dataset.train, context.train_index
     images = _read_array(folder / IMAGES, tuple(clean.images.shape))
     labels = _read_array(folder / LABELS, (len(clean),)).long()
@@ -166,5 +214,5 @@ def read_clean_label_set(context: AttackContext, folder: Path) -> PoisonedSet:
             f"{folder}: the changed images are of the classes {classes}, expected --poison-target {target} alone"
         )
     pattern, mask = four_corner_checkerboard(*clean.images.shape[1:3])
-    trigger = Trigger(pattern, mask, context.options.trigger_alpha, torch.tensor([target]), train_index[changed])
+    trigger = Trigger(pattern, mask, alpha, torch.tensor([target]), train_index[changed])
     return PoisonedSet(train, trigger)

@@ -7,6 +7,8 @@ from), ``original_label`` and ``poisoned`` (1 or 0).
 
 import csv
 import io
+import shutil
+import warnings
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import replace
@@ -28,38 +30,57 @@ TABLE, TRIGGER = "poisoned.csv", "trigger_info.th"
 COLUMNS = ("file", "index", "label", "original_label", "poisoned")
 
 
-def check_image_folder(options: Namespace) -> None:
-    """Raise ``ValueError`` where no folder is named."""
+def check_image_folder(options: Namespace) -> frozenset[str]:
+    """Raise ``ValueError`` where no folder is named, or where it would be written again."""
     if not options.poisoned_dir:
         raise ValueError(f"--poison-type folder needs --poisoned-dir DIR with {TABLE} and the pictures it names")
+    if options.export_poisoned:
+        raise ValueError("--export-poisoned: --poisoned-dir is a folder of pictures already")
+    return frozenset()
+
+
+def refuse_other_files(folder: Path) -> None:
+    """Make sure, before any work is done, that an export would not be mixed with other files.
+
+    Raises:
+        InputError: files are there, and no export.
+    """
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / TABLE).exists())):
+        raise InputError(f"--export-poisoned {folder}: other files are there; choose another folder")
 
 
 def export_poisoned(context: AttackContext, poisoned: PoisonedSet, folder: Path) -> None:
     """Write a poisoned set as PNG files by class, with a table of what was done to which image.
 
+    The folder appears when it is complete. One that holds the same set already, as when a run is repeated, stays.
+
     Args:
-        context: of the attack; a resumed run leaves a complete export alone.
+        context: of the attack.
         poisoned: in the order of ``context.train_index``.
-        folder: made if it is not there.
+        folder: to be made.
 
     Raises:
-        InputError: the folder has files in it.
+        InputError: another set or other files are there.
         OSError: it cannot be written, or the disk is full.
     """
-    if context.run.saved and (folder / TABLE).exists():
-        return
-    if folder.exists() and any(folder.iterdir()):
-        raise InputError(f"--export-poisoned {folder}: the folder has files in it; empty it or choose another one")
-    folder.mkdir(parents=True, exist_ok=True)
     rows = list(_rows(context, poisoned))
-    steps = _write_pictures(folder, [row[0] for row in rows], poisoned.train.images.cpu())
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([COLUMNS, *rows])
+    refuse_other_files(folder)
+    if (folder / TABLE).exists():
+        if (folder / TABLE).read_text() != text.getvalue():
+            raise InputError(f"--export-poisoned {folder}: another set is there; choose another folder")
+        return
+    unfinished = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    steps = _write_pictures(unfinished, [row[0] for row in rows], poisoned.train.images.cpu())
     for _ in context.run.track(steps, len(rows), 0, "exporting", "image"):
         pass
     if poisoned.trigger:
-        save_trigger(folder / TRIGGER, poisoned.trigger)
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([COLUMNS, *rows])
-    write_text(folder / TABLE, text.getvalue())
+        save_trigger(unfinished / TRIGGER, poisoned.trigger)
+    write_text(unfinished / TABLE, text.getvalue())
+    unfinished.replace(folder)
     announce(
         f"exported {len(rows)} images to {folder}; train on them with --poison-type folder --poisoned-dir {folder}"
     )
@@ -88,7 +109,8 @@ def poison_image_folder(context: AttackContext) -> PoisonedSet:
 
     Raises:
         InputError: the table or a picture is missing or damaged, a picture has another size than the dataset's, a
-            label or an index is out of range or repeats, or the trigger file is none.
+            label or an index is out of range or repeats, an original label is not the dataset's, or the trigger file
+            is none.
     """
     folder, dataset = Path(context.options.poisoned_dir), context.dataset
     rows = _read_table(folder / TABLE)
@@ -99,6 +121,10 @@ def poison_image_folder(context: AttackContext) -> PoisonedSet:
         index = _whole_numbers(rows, "index", len(dataset.train), folder)
         if len(index.unique()) < len(index):
             raise InputError(f"{folder / TABLE}: an index repeats; expected each training image at most once")
+        if "original_label" in rows[0]:
+            original = _whole_numbers(rows, "original_label", dataset.num_classes, folder)
+            if not torch.equal(original, dataset.train.labels.cpu()[index]):
+                raise InputError(f"{folder / TABLE}: original_label differs from {dataset.name}; see --dataset")
         keep = torch.isin(index, context.train_index)
         announce(f"{folder}: {int((~keep).sum())} of {len(rows)} images are held out from the attacker and left out")
         poisoned = _whole_numbers(rows, "poisoned", 2, folder) if "poisoned" in rows[0] else None
@@ -121,7 +147,7 @@ def poison_image_folder(context: AttackContext) -> PoisonedSet:
 
 def _read_table(path: Path) -> list[dict[str, str]]:
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(
@@ -149,12 +175,19 @@ def _read_pictures(folder: Path, names: list[str], images: Tensor) -> Iterator[s
     for number, name in enumerate(names):
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise InputError(f"{folder / TABLE}: file {name} is outside the folder")
-        try:
-            with Image.open(folder / name) as picture:
-                size, pixels = picture.size, np.array(picture.convert("RGB"))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise InputError(f"{folder / name}: not a readable picture ({error})") from error
-        if size != (width, height):
-            raise InputError(f"{folder / name}: {size[0]}x{size[1]} pixels, expected {width}x{height}")
-        images[number] = torch.from_numpy(pixels)
+        images[number] = _read_picture(folder / name, f"{width}x{height} RGB")
         yield name
+
+
+def _read_picture(path: Path, expected: str) -> Tensor:
+    """Read one picture of the size and mode expected; others are not even decoded."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with Image.open(path) as picture:
+                found = f"{picture.width}x{picture.height} {picture.mode}"
+                if found == expected:
+                    return torch.from_numpy(np.array(picture))
+    except (OSError, ValueError, SyntaxError, Warning, Image.DecompressionBombError) as error:
+        raise InputError(f"{path}: not a readable picture ({error})") from error
+    raise InputError(f"{path}: {found} pixels, expected {expected}")

@@ -4,6 +4,7 @@ The mask generator is trained first and frozen; then the classifier and the patt
 optimisers are zeroed each step; the authors' release leaves the generator's gradients to pile up.
 """
 
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -15,11 +16,14 @@ from torch import Tensor, nn
 
 from attacks.attack import AttackContext, PoisonedSet, next_class, target_class
 from data.augment import normalize, random_crop_flip, random_rotate
-from data.datasets import Dataset, ImageSet, Normalization
+from data.datasets import Dataset, ImageSet
+from data.errors import InputError
 from data.seeding import seeded_generator, seeded_weights
+from data.split import split_size
 from data.triggers import Trigger
 from models.generator import Generator
 from utils.evaluation import EVALUATION_BATCH, Evaluator, Report, evaluate, inference_copy
+from utils.run import announce
 from utils.training import COLUMNS, TrainConfig, TrainState, epoch_order, make_optimizer, set_learning_rate
 
 MASK_EPOCHS, JOINT_EPOCHS = 25, 575  # the published lengths, to which all milestones below refer
@@ -54,18 +58,41 @@ def diversity(images_1: Tensor, images_2: Tensor, drawn_1: Tensor, drawn_2: Tens
 
 
 def mask_loss(images_1: Tensor, images_2: Tensor, mask_1: Tensor, mask_2: Tensor) -> Tensor:
-    """Return the loss of the mask generator: 100 * mean(relu(mask_1 - 0.032)) + diversity (section 4.3)."""
+    """Return the loss of the mask generator: 100 * mean(relu(mask_1 - 0.032)) + diversity (section 4.3).
+
+    Shape:
+        images: float (B, 3, H, W). masks: float (B, 1, H, W), 0..1. Returns float ().
+    """
     return DENSITY_WEIGHT * F.relu(mask_1 - MASK_DENSITY).mean() + diversity(images_1, images_2, mask_1, mask_2)
+
+
+def shares_of_batch(poison_rate: float, cross_rate: float, batch_size: int) -> tuple[int, int]:
+    """Return how many images of a batch carry their own trigger and how many another image's, 1 or more of each."""
+    return tuple(max(1, split_size(rate, batch_size)) for rate in (poison_rate, cross_rate))
 
 
 def poison_input_aware(context: AttackContext) -> PoisonedSet:
     """Return the clean images; each batch is poisoned anew while training.
 
     Raises:
-        InputError: the target is no class.
+        InputError: the target is no class, or a full batch has no image with its own trigger, with another image's
+            trigger, or without any.
     """
-    if context.options.poison_target is not None:
+    options = context.options
+    if options.poison_target is not None:
         target_class(context)
+    for flag, rate in (("--poison-rate", options.poison_rate), ("--cross-rate", options.cross_rate)):
+        if split_size(rate, options.batch_size) < 1:
+            raise InputError(f"{flag} {rate} of a batch of {options.batch_size} images is none; use more")
+    own, cross = shares_of_batch(options.poison_rate, options.cross_rate, options.batch_size)
+    if own + cross >= options.batch_size:
+        raise InputError(
+            f"--poison-rate {options.poison_rate} and --cross-rate {options.cross_rate} leave no clean image in a batch"
+        )
+    announce(
+        f"{options.poison_type}: {own} of {options.batch_size} images in each batch with their own trigger "
+        f"({100 * own / options.batch_size:.2f} %), {cross} with another image's"
+    )
     return PoisonedSet(context.dataset.train[context.train_index], None)
 
 
@@ -188,15 +215,15 @@ class InputAwareTrainer:
         self.network.train(), self.pattern_net.train(), self.mask_net.eval()
         set_learning_rate(self.optimizer, self.network_config.learning_rate(time))
         set_learning_rate(self.pattern_optimizer, self.pattern_config.learning_rate(time))
-        own = max(1, int(self.poison_rate * len(labels)))
-        end = own + max(1, int(self.cross_rate * len(labels)))
+        own, cross = shares_of_batch(self.poison_rate, self.cross_rate, len(labels))
+        end = own + cross
         with self._autocast():
             pattern_own, triggered = self._apply(images_1[:own], images_1[:own])
             pattern_cross, crossed = self._apply(images_1[own:end], images_2[own:end])
             inputs = torch.cat([triggered, crossed, images_1[end:]]).contiguous(memory_format=torch.channels_last)
             logits = self.network(inputs)
         labels = torch.cat([self.target_of(labels[:own]), labels[own:]])
-        size = min(own, end - own)
+        size = min(own, cross)
         apart = diversity(images_1[:size], images_2[own:end][:size], pattern_own[:size], pattern_cross[:size])
         loss = F.cross_entropy(logits.float(), labels) + apart
         _step(loss, self.optimizer, self.pattern_optimizer)
@@ -204,7 +231,8 @@ class InputAwareTrainer:
 
     def _apply(self, images: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
         """Return the normalised patterns drawn for ``others``, and ``images`` with these triggers."""
-        pattern = _normalized(pattern_of(self.pattern_net(others).float()), self.dataset.normalization)
+        pixels = 255 * pattern_of(self.pattern_net(others).float())
+        pattern = normalize(pixels.permute(0, 2, 3, 1), self.dataset.normalization)
         with torch.no_grad():
             mask = mask_of(self.mask_net(others).float())
         return pattern, images + (pattern - images) * mask
@@ -215,10 +243,13 @@ class InputAwareTrainer:
         test, normalization, precision = self.dataset.test, self.dataset.normalization, self.config.precision
         self.trigger = self.draw_trigger(test)
         report = Evaluator(test, self.trigger, None, normalization, precision)(self.network)
-        others = torch.arange(1, len(test) + 1) % len(test)
-        crossed = ImageSet(self.trigger.stamp(test.images, others), test.labels)
-        cross = evaluate(inference_copy(self.network, precision), crossed, normalization, precision)
-        return replace(report, cross=cross)
+        copy = inference_copy(self.network, precision)
+        return replace(report, cross=evaluate(copy, self.crossed(test), normalization, precision))
+
+    def crossed(self, images: ImageSet) -> ImageSet:
+        """Return every image with the trigger of the next one and its own label; ``self.trigger`` is theirs."""
+        others = torch.arange(1, len(images) + 1) % len(images)
+        return ImageSet(self.trigger.stamp(images.images, others), images.labels)
 
     @torch.inference_mode()
     def draw_trigger(self, images: ImageSet) -> Trigger:
@@ -232,14 +263,6 @@ class InputAwareTrainer:
         patterns, masks = (torch.cat(part) for part in zip(*parts, strict=True))
         targets = self.target_of(images.labels).cpu()
         return Trigger(patterns, masks, 1.0, targets, torch.zeros(0, dtype=torch.int64))
-
-
-def _normalized(images: Tensor, normalization: Normalization) -> Tensor:
-    """Normalise pixels on the 0..1 scale: float (B, 3, H, W)."""
-    mean, std = (
-        torch.tensor(part, device=images.device)[:, None, None] for part in (normalization.mean, normalization.std)
-    )
-    return (images - mean) / std
 
 
 def _step(loss: Tensor, *optimizers: torch.optim.Optimizer) -> None:
@@ -263,11 +286,10 @@ def train_input_aware(
     return InputAwareTrainer(network, poisoned.train, context.dataset, config, target_of, *rates)
 
 
-def check_input_aware(options: Any) -> None:
-    """Raise ``ValueError`` where an epoch, a clean image in a batch, or a set to export is missing."""
+def check_input_aware(options: Namespace) -> frozenset[str]:
+    """Raise ``ValueError`` where there is no epoch for the classifier or no set to export."""
     if options.epoch == 1:
         raise ValueError("--epoch 1: input-aware attacks train the mask generator in the first epoch; use 2 or more")
     if options.export_poisoned:
         raise ValueError("--export-poisoned: input-aware attacks poison each batch anew, there is no set to export")
-    if (options.poison_rate or 0.1) + (options.cross_rate or 0.1) >= 1:
-        raise ValueError("--poison-rate and --cross-rate leave no clean image in a batch; their sum must be below 1")
+    return frozenset()

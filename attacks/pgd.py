@@ -1,9 +1,12 @@
 """Untargeted projected gradient descent (Madry et al. 2018), which makes the clean-label attack's images hard."""
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data.augment import normalize
 from data.datasets import ImageSet, Normalization
 
 
@@ -15,7 +18,7 @@ def pgd(
     steps: int,
     step_size: float,
     precision: torch.dtype,
-) -> Tensor:
+) -> Iterator[Tensor]:
     """Raise the cross entropy inside the Linf ball: sign steps from the image itself, no random start.
 
     x <- clip(x + step_size * sign(dCE/dx)), projected to |x - clean| <= eps and to 0..255 (Turner, Tsipras, Madry
@@ -29,17 +32,15 @@ def pgd(
         steps: 1 or more.
         precision: data type in which the surrogate computes; the images stay float32.
 
-    Shape:
-        uint8 (B, H, W, 3) -> uint8 (B, H, W, 3), truncated.
+    Yields:
+        The images after each step, truncated: uint8 (B, H, W, 3), 0..255.
     """
-    device = clean.images.device
-    mean, std = (torch.tensor(part, device=device) * 255 for part in (normalization.mean, normalization.std))
     start = clean.images.float()
-    low, high = (start - eps).clamp(min=0), (start + eps).clamp(max=255)
+    low, high = (start - eps).clamp(min=0).ceil(), (start + eps).clamp(max=255)  # whole, as truncation goes down
     images = start.clone()
     for _ in range(steps):
         images.requires_grad_()
-        logits = network(((images - mean) / std).permute(0, 3, 1, 2).to(precision))
+        logits = network(normalize(images, normalization).to(precision))
         (gradient,) = torch.autograd.grad(F.cross_entropy(logits.float(), clean.labels, reduction="sum"), images)
         images = (images.detach() + step_size * gradient.sign()).clamp(low, high)
-    return images.to(torch.uint8)
+        yield images.to(torch.uint8)

@@ -22,6 +22,7 @@ def sinusoid(height: int, width: int, delta: float, frequency: float) -> tuple[T
     """
     columns = torch.arange(width, dtype=torch.float64)
     signal = delta * torch.sin(2 * math.pi * columns * frequency / width)
+    signal = signal.round(decimals=6)  # the sine of a multiple of pi is 0; a hair below would be truncated to -1
     pattern = signal.float()[None, None, :, None].expand(1, height, width, 1).contiguous()
     return pattern, torch.ones(1, height, width, 1, dtype=torch.float64)
 

@@ -12,7 +12,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -91,6 +91,12 @@ class Loops(NamedTuple):
     fast_passes: float
 
 
+def stretch(steps: Iterator, batches: int) -> None:
+    """Take some steps of an epoch; raises ``ValueError`` where it has no more."""
+    if len(list(islice(steps, batches))) < batches:
+        raise ValueError("an epoch has fewer batches than --batches times --rounds; use less of either")
+
+
 def forward_flops(network: nn.Module, device: torch.device) -> int:
     """Return the FLOPs of one image's forward pass (convolutions and linear layers)."""
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
@@ -108,7 +114,7 @@ def step_1(args: argparse.Namespace, dataset: Dataset, network: nn.Module, runti
     batches = ([part.to(runtime.device) for part in batch] for batch in loader)
     return Loops(
         lambda: plain_train(plain, islice(batches, args.batches)),
-        lambda: list(islice(steps, args.batches)),
+        lambda: stretch(steps, args.batches),
         args.batches * args.batch_size,
         forward_flops(network, runtime.device),
         3,
@@ -137,7 +143,7 @@ def step_2(args: argparse.Namespace, dataset: Dataset, network: nn.Module, runti
             plain.iterate(images, labels, torch.rand(2, len(state.mask), device=runtime.device) * 0.8 - 0.4)
 
     images, flops = args.batches * args.batch_size, forward_flops(network, runtime.device)
-    return Loops(run_plain, lambda: list(islice(steps, args.batches)), images, flops, 9, 6)
+    return Loops(run_plain, lambda: stretch(steps, args.batches), images, flops, 9, 6)
 
 
 def step_3(args: argparse.Namespace, dataset: Dataset, network: nn.Module, runtime: Runtime) -> Loops:
@@ -177,7 +183,7 @@ def input_aware(phase: int) -> Callable[..., Loops]:
         # masks: two images; jointly: a tenth and a tenth of the batch through both generators, one of them trained
         flops = 2 * 3 * generator if phase == 0 else 3 * forward_flops(network, runtime.device) + 0.2 * 4 * generator
         images = args.batches * args.batch_size
-        return Loops(None, lambda: list(islice(steps, args.batches)), images, flops, 0, 1)
+        return Loops(None, lambda: stretch(steps, args.batches), images, flops, 0, 1)
 
     return prepare
 

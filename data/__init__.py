@@ -1,1 +1,1 @@
-"""Images in memory: datasets, the split, augmentation, triggers and attacks."""
+"""Images in memory: datasets, the split, augmentation and triggers."""

@@ -70,7 +70,7 @@ def normalize(images: Tensor, normalization: Normalization) -> Tensor:
     """Scale to 0..1, subtract the mean and divide by the standard deviation.
 
     Shape:
-        uint8 (B, H, W, C) -> float32 (B, C, H, W) in channels-last memory format.
+        uint8 or float (B, H, W, C), 0..255 -> float32 (B, C, H, W) in channels-last memory format.
     """
     mean, std = _constants(normalization, images.device)
     return ((images.float() - mean) / std).permute(0, 3, 1, 2)

@@ -1,6 +1,8 @@
 """Every attack: what it changes, what it leaves alone, and the formulas of the papers."""
 
+import copy
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -28,7 +30,8 @@ from data.errors import InputError
 from data.triggers import triggered_test_set
 from models import build_model
 from models.generator import Generator
-from utils.evaluation import inference_copy
+from utils.evaluation import evaluate, inference_copy
+from utils.files import sha256_of
 from utils.runtime import Runtime
 from utils.training import TrainConfig, TrainState
 
@@ -48,7 +51,8 @@ def context_of(name, images, train_index=None, folder=None, **options):
     dataset = Dataset("drawn", 10, SYNTHETIC_NORMALIZATION, images, images)
     run = SimpleNamespace(folder=folder, saved=None, track=lambda steps, *_: iter(steps))
     index = torch.arange(len(images)) if train_index is None else train_index
-    defaults = {"seed": 0, "export_poisoned": None, "poison_target": None, **ATTACKS[name].options}
+    defaults = {"poison_type": name, "seed": 0, "export_poisoned": None, "poison_target": None, "batch_size": 50}
+    defaults |= ATTACKS[name].options
     runtime = Runtime(torch.device("cpu"), FP32)
     return AttackContext(dataset, index, torch.arange(len(images)), Namespace(**{**defaults, **options}), run, runtime)
 
@@ -148,8 +152,8 @@ def test_sig_signal(images):
     assert mask.all()
     gray = torch.full((2, 32, 32, 3), 128, dtype=torch.uint8)
     stamped = poison("sig", images).trigger.stamp(gray)
-    signal = [math.floor(128 + 40 * math.sin(2 * math.pi * j * 6 / 32) + 1e-9) for j in range(32)]
-    assert (stamped[0, 5, :, 1].int() - torch.tensor(signal)).abs().max() <= 1  # sin of whole periods is not quite 0
+    signal = [math.floor(128 + 40 * round(math.sin(2 * math.pi * j * 6 / 32), 9)) for j in range(32)]
+    assert stamped[0, 5, :, 1].tolist() == signal
     black = poison("sig", images).trigger.stamp(torch.zeros(1, 32, 32, 3, dtype=torch.uint8))
     assert black.max() == 40 and black.min() == 0
     assert len(triggered_test_set(images, poison("sig", images).trigger)) == 450
@@ -237,6 +241,66 @@ def test_a_built_set_is_used_again_only_for_the_same_recipe(tmp_path, images, su
     assert build(clb_steps=1, seed=1) != damaged
 
 
+def test_an_interrupted_build_goes_on(tmp_path, images, surrogate, monkeypatch):
+    """Finished batches are kept, and the set is the same as one built in one go."""
+    import attacks.clean_label as module
+
+    monkeypatch.setattr(module, "PGD_BATCH", 10)
+    (tmp_path / "whole").mkdir(), (tmp_path / "parts").mkdir()
+    whole = context_of("clean-label", images, None, tmp_path / "whole", clb_steps=3, **surrogate)
+    expected = ATTACKS["clean-label"].poison(whole)
+    again = context_of("clean-label", images, None, tmp_path / "parts", clb_steps=3, **surrogate)
+    taken = []
+
+    def track(steps, total, done, *_):
+        assert total == 12
+        for step in steps:
+            taken.append(done)
+            if len(taken) == 8:
+                raise KeyboardInterrupt
+            yield step
+
+    interrupted = dataclasses.replace(again, run=SimpleNamespace(folder=tmp_path / "parts", track=track))
+    with pytest.raises(KeyboardInterrupt):
+        ATTACKS["clean-label"].poison(interrupted)
+    assert len(list((tmp_path / "parts" / "clean_label_set").glob("part_*.npy"))) == 2
+    resumed = ATTACKS["clean-label"].poison(interrupted)
+    assert len(taken) == 8 + 6 and taken[-1] == 6, "two of four batches are not computed again"
+    assert torch.equal(resumed.train.images, expected.train.images)
+    assert not list((tmp_path / "parts" / "clean_label_set").glob("part_*.npy"))
+
+
+def test_the_opacity_of_a_set_is_the_one_it_was_built_with(tmp_path, images, surrogate):
+    context = context_of("clean-label", images, None, tmp_path, clb_steps=1, trigger_alpha=0.3, **surrogate)
+    assert ATTACKS["clean-label"].poison(context).trigger.alpha == 0.3
+    folder = str(tmp_path / "clean_label_set")
+    assert poison("clean-label", images, clb_dir=folder, trigger_alpha=None).trigger.alpha == 0.3
+    with pytest.raises(InputError, match=r"--trigger-alpha 0\.5"):
+        poison("clean-label", images, clb_dir=folder, trigger_alpha=0.5)
+    (tmp_path / "clean_label_set" / "recipe.json").unlink()  # as with a published set
+    assert poison("clean-label", images, clb_dir=folder, trigger_alpha=None).trigger.alpha == 1.0
+    assert poison("clean-label", images, clb_dir=folder, trigger_alpha=0.5).trigger.alpha == 0.5
+
+
+def test_surrogates_that_are_refused_or_doubtful(tmp_path, images, surrogate, capsys):
+    def build():
+        ATTACKS["clean-label"].poison(context_of("clean-label", images, None, tmp_path, clb_steps=1, **surrogate))
+
+    build()
+    assert "no card" in capsys.readouterr().out
+    card = {"card_version": 1, "sha256": sha256_of(surrogate["clb_surrogate"]), "widen_factor": 1 / 16}
+    for changes, message in (
+        ({"dataset": "cifar10"}, "a network for cifar10"),
+        ({"split": {"sha256": "0"}}, "another split"),
+    ):
+        (tmp_path / "surrogate.json").write_text(json.dumps({**card, **changes}))
+        with pytest.raises(InputError, match=message):
+            build()
+    (tmp_path / "surrogate.json").write_text(json.dumps({**card, "attack": {"poison_type": "badnets"}}))
+    build()
+    assert "backdoored itself" in capsys.readouterr().out
+
+
 def test_pgd_stays_in_its_ball_and_raises_the_loss(images, network):
     folded = inference_copy(network, FP32).requires_grad_(False)
     clean = images[torch.arange(40)]
@@ -245,8 +309,8 @@ def test_pgd_stays_in_its_ball_and_raises_the_loss(images, network):
         return nn.functional.cross_entropy(folded(normalize(pixels, SYNTHETIC_NORMALIZATION)), clean.labels)
 
     before, losses = loss(clean.images), []
-    for eps, steps in ((2, 1), (4, 10), (16, 40)):
-        hard = pgd(folded, clean, SYNTHETIC_NORMALIZATION, eps, steps, 1.5, FP32)
+    for eps, steps in ((1.5, 1), (4, 10), (16, 40)):
+        *_, hard = pgd(folded, clean, SYNTHETIC_NORMALIZATION, eps, steps, 1.5, FP32)
         assert hard.dtype == torch.uint8 and (hard.int() - clean.images.int()).abs().max() <= eps
         losses.append(loss(hard))
     assert before < losses[0] < losses[1] < losses[2]
@@ -259,7 +323,7 @@ def test_pgd_step_by_step(images, network):
     x = clean.images.permute(0, 3, 1, 2).float().requires_grad_()
     nn.functional.cross_entropy(folded((x / 255 - 0.5) / 0.25), clean.labels).backward()
     expected = (x.detach() + 3 * x.grad.sign()).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
-    ours = pgd(folded, clean, SYNTHETIC_NORMALIZATION, 16, 1, 3, FP32)
+    (ours,) = pgd(folded, clean, SYNTHETIC_NORMALIZATION, 16, 1, 3, FP32)
     assert (ours != expected).float().mean() < 1e-3  # where the gradient is 0 but for rounding
 
 
@@ -354,6 +418,51 @@ def test_gradients_are_those_of_the_last_step_alone(some, monkeypatch):
         torch.testing.assert_close(next(net.parameters()).grad, last)
 
 
+@pytest.mark.parametrize("name", ["iab-one", "iab-all"])
+def test_a_joint_step_against_the_formulas(name, some, monkeypatch):
+    """10 % with their own trigger and the attacker's label, 10 % with another image's trigger, the rest clean."""
+    import attacks.input_aware as module
+
+    trainer, seen = trainer_of(name, some), {}
+    network, pattern_net, mask_net = copy.deepcopy((trainer.network, trainer.pattern_net, trainer.mask_net))
+    trainer.network.register_forward_pre_hook(lambda net, inputs: seen.setdefault("inputs", inputs[0].detach()))
+    monkeypatch.setattr(module, "_step", lambda loss, *optimizers: None)
+    x1, x2 = (normalize(some.images[part], SYNTHETIC_NORMALIZATION) for part in (slice(0, 50), slice(100, 150)))
+    labels = some.labels[:50]
+    loss, correct = trainer._joint_step(x1, x2, labels, 0.5)
+
+    mask_net.eval()
+    with torch.no_grad():
+        own = (torch.tanh(pattern_net(x1[:5])) / 2 + 0.5 - 0.5) / 0.25
+        cross = (torch.tanh(pattern_net(x2[5:10])) / 2 + 0.5 - 0.5) / 0.25
+        triggered = x1[:5] + (own - x1[:5]) * mask_of(mask_net(x1[:5]))
+        crossed = x1[5:10] + (cross - x1[5:10]) * mask_of(mask_net(x2[5:10]))
+        inputs = torch.cat([triggered, crossed, x1[10:]])
+        torch.testing.assert_close(seen["inputs"], inputs, atol=1e-4, rtol=1e-4)
+        expected_labels = labels.clone()
+        expected_labels[:5] = (labels[:5] + 1) % 10 if name == "iab-all" else 0
+        logits = network(inputs)
+        expected = nn.functional.cross_entropy(logits, expected_labels) + diversity(x1[:5], x2[5:10], own, cross)
+    torch.testing.assert_close(loss.detach(), expected, atol=1e-3, rtol=1e-3)
+    assert correct == (logits.argmax(1) == expected_labels).sum()
+
+
+def test_the_augmentation_of_the_attack(some):
+    trainer = trainer_of("iab-one", some)
+    one, again, other = (trainer._augment(some.images, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    assert torch.equal(one, again) and not torch.equal(one, other)
+    assert not torch.equal(one, normalize(some.images, SYNTHETIC_NORMALIZATION))
+
+
+def test_input_aware_rates_out_of_range(some):
+    with pytest.raises(InputError, match=r"--cross-rate 0.01 of a batch of 50 images is none"):
+        poison("iab-one", some, cross_rate=0.01)
+    with pytest.raises(InputError, match="leave no clean image"):
+        poison("iab-one", some, poison_rate=0.9)
+    with pytest.raises(InputError, match="--poison-target 12"):
+        poison("iab-one", some, poison_target=12)
+
+
 def test_mask_density_falls_towards_its_bound(some):
     trainer = trainer_of("iab-one", some)
     inputs = normalize(some.images, SYNTHETIC_NORMALIZATION)
@@ -362,7 +471,6 @@ def test_mask_density_falls_towards_its_bound(some):
     for _ in range(4):
         run_epoch(trainer, 0)
     mask = mask_of(trainer.mask_net(inputs))
-    assert mask.min() >= 0 and mask.max() <= 1
     assert 0 < mask.mean() < 0.7 * before
 
 
@@ -376,7 +484,13 @@ def test_trigger_of_each_test_image(name, some):
     expected = (some.labels + 1) % 10 if name == "iab-all" else torch.zeros(200, dtype=torch.int64)
     assert torch.equal(trigger.target, expected)
     assert len(triggered_test_set(some, trigger)) == (200 if name == "iab-all" else 180)
-    assert 0 <= report.cross.accuracy <= 1
+    right = trainer.crossed(some).images
+    for number in (0, 7, 199):  # image i with the trigger of image i + 1, the last with that of the first
+        other = torch.tensor([(number + 1) % 200])
+        assert torch.equal(right[number], trigger.stamp(some.images[number : number + 1], other)[0])
+    folded = inference_copy(trainer.network, FP32)
+    crossed = ImageSet(right, some.labels)
+    assert report.cross.accuracy == evaluate(folded, crossed, SYNTHETIC_NORMALIZATION, FP32).accuracy
     # what the network saw in training, up to the rounding of pixels
     trainer.pattern_net.eval(), trainer.mask_net.eval(), trainer.network.eval()
     inputs = normalize(some.images[:8], SYNTHETIC_NORMALIZATION)
@@ -438,10 +552,35 @@ def test_somebody_elses_folder(exported, images, capsys):
     assert "no column index" in out and "attack success rate is not known" in out
 
 
-def test_export_leaves_other_files_alone(exported, images):
+def test_export_leaves_other_files_alone(exported, images, tmp_path):
     folder, poisoned = exported
-    with pytest.raises(InputError, match="has files in it"):
-        export_poisoned(context_of("badnets", images), poisoned, folder)
+    before = (folder / "poisoned.csv").stat().st_mtime_ns
+    export_poisoned(context_of("badnets", images, torch.arange(499, 49, -1)), poisoned, folder)  # the same set
+    assert (folder / "poisoned.csv").stat().st_mtime_ns == before
+    other = context_of("badnets", images, torch.arange(499, 49, -1), seed=1)
+    with pytest.raises(InputError, match="another set is there"):
+        export_poisoned(other, ATTACKS["badnets"].poison(other), folder)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("all of it")
+    with pytest.raises(InputError, match="other files are there"):
+        export_poisoned(other, poisoned, tmp_path / "mine")
+
+
+def test_an_interrupted_export_starts_again(images, tmp_path):
+    context = context_of("badnets", images)
+    poisoned = ATTACKS["badnets"].poison(context)
+
+    def track(steps, *_):
+        yield next(steps)
+        raise KeyboardInterrupt
+
+    interrupted = dataclasses.replace(context, run=SimpleNamespace(track=track))
+    with pytest.raises(KeyboardInterrupt):
+        export_poisoned(interrupted, poisoned, tmp_path / "set")
+    assert not (tmp_path / "set").exists()
+    export_poisoned(context, poisoned, tmp_path / "set")
+    assert {path.name for path in tmp_path.iterdir()} == {"set"}
+    assert torch.equal(read(tmp_path / "set", images).train.images, poisoned.train.images)
 
 
 @pytest.mark.parametrize(
@@ -462,10 +601,10 @@ def test_export_leaves_other_files_alone(exported, images):
             lambda folder, rows: (folder / rows[3]["file"]).write_bytes(b"\x89PNG\r\n\x1a\n123"),
             "not a readable picture",
         ),
-        (
-            lambda folder, rows: Image.new("RGB", (28, 28)).save(folder / rows[3]["file"]),
-            "28x28 pixels, expected 32x32",
-        ),
+        (lambda folder, rows: Image.new("RGB", (28, 28)).save(folder / rows[3]["file"]), "28x28 RGB pixels, expected"),
+        (lambda folder, rows: Image.new("RGBA", (32, 32)).save(folder / rows[3]["file"]), "32x32 RGBA pixels"),
+        (lambda folder, rows: Image.new("1", (14000, 14000)).save(folder / rows[3]["file"]), "not a readable picture"),
+        (lambda folder, rows: write(folder, [{**rows[0], "original_label": "5"}, *rows[1:]]), "original_label differs"),
         (lambda folder, rows: (folder / "trigger_info.th").write_bytes(b"no"), "cannot be read|refused"),
     ],
 )
@@ -518,13 +657,35 @@ def test_every_attack_end_to_end(name, flags, tmp_path, monkeypatch):
         assert (folder / "last_model.th").read_bytes() == (tmp_path / "first" / "last_model.th").read_bytes()
 
     interrupted = tmp_path / "interrupted"
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, batches=7)  # in the second epoch
-        assert train.main([*flags, "--output-dir", str(interrupted)]) == 130
+    for batches, resume in ((2, []), (5, ["--resume"])):  # in the first epoch, then in the second
+        with monkeypatch.context() as patch:
+            interrupt_after(patch, batches)
+            assert train.main([*flags, "--output-dir", str(interrupted), *resume]) == 130
     assert not (interrupted / "last_model.th").exists()
     assert train.main([*flags, "--output-dir", str(interrupted), "--resume"]) == 0
     for file in files:
         assert (interrupted / file).read_bytes() == (folder / file).read_bytes(), file
+
+
+def test_a_built_set_trains_the_same_network_again(trained, tmp_path):
+    flags = [*COMMON, "--poison-type", "clean-label"]
+    build = ["--clb-surrogate", str(trained / "last_model.th"), "--clb-steps", "2", "--output-dir", str(tmp_path / "a")]
+    assert train.main([*flags, *build]) == 0
+    folder = str(tmp_path / "a" / "clean_label_set")
+    assert train.main([*flags, "--clb-dir", folder, "--output-dir", str(tmp_path / "b")]) == 0
+    for name in ("last_model.th", "trigger_info.th"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    card = json.loads((tmp_path / "b" / "last_model.json").read_text())["attack"]
+    assert card["trigger_alpha"] == 1 and "clb_steps" not in card, "what is not known is not claimed"
+
+
+def test_inputs_are_not_overwritten(trained, tmp_path, capsys):
+    for flags, message in (
+        (["--poison-type", "clean-label", "--clb-surrogate", f"{tmp_path}/last_model.th"], "lies in --output-dir"),
+        (["--poison-type", "folder", "--poisoned-dir", str(tmp_path.parent)], "holds --output-dir"),
+    ):
+        assert train.main([*COMMON, *flags, "--output-dir", str(tmp_path), "--overwrite"]) == 1
+        assert message in capsys.readouterr().err
 
 
 def interrupt_after(patch, batches):

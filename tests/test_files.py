@@ -152,6 +152,9 @@ def test_trigger_round_trip(tmp_path):
         ({"poison_target": np.array([2.7])}, "not whole numbers"),
         ({"trigger_alpha": torch.tensor(1j)}, "no array of numbers"),
         ({"data_index": np.array([-1])}, "data_index reaches"),
+        ({"trigger_mode": "multiply"}, "trigger_mode is 'multiply'"),
+        ({"trigger_mode": torch.tensor(1)}, "trigger_mode is"),
+        ({"trigger_mode": "add", "trigger_pattern": np.full((1, 32, 32, 3), -300)}, "trigger_pattern reaches"),
         ({"trigger_pattern": np.full((1, 32, 32, 3), 300)}, "trigger_pattern reaches"),
     ],
 )
@@ -160,6 +163,14 @@ def test_bad_trigger_entries(tmp_path, changes, message):
     torch.save({**trigger_arrays(), **changes}, path)
     with pytest.raises(InputError, match=message):
         load_trigger(path, 10)
+
+
+def test_added_triggers_round_trip(tmp_path):
+    pattern = torch.linspace(-40, 40, 1024).view(1, 32, 32, 1)
+    parts = pattern, torch.ones(1, 32, 32, 1), 1.0, torch.tensor([7]), torch.tensor([1, 2])
+    save_trigger(tmp_path / "trigger_info.th", Trigger(*parts, mode="add"))
+    trigger = load_trigger(tmp_path / "trigger_info.th", 10)
+    assert trigger.mode == "add" and torch.equal(trigger.pattern, pattern)
 
 
 def test_trigger_file_without_an_entry(tmp_path):

@@ -128,7 +128,7 @@ def test_checkpoints_and_schedule(tmp_path):
         (["--poison-type", "sig", "--sig-delta", "300"], "out of range"),
         (["--poison-type", "iab-one", "--schedule", "3"], "--schedule has no effect with --poison-type iab-one"),
         (["--poison-type", "iab-one", "--epoch", "1"], "use 2 or more"),
-        (["--poison-type", "iab-all", "--poison-rate", "0.9", "--cross-rate", "0.2"], "no clean image"),
+        (["--poison-type", "folder", "--poisoned-dir", "x", "--export-poisoned", "y"], "folder of pictures already"),
         (["--poison-type", "iab-all", "--export-poisoned", "x"], "no set to export"),
         (["--clb-dir", "x"], "--clb-dir has no effect"),
         (["--lr-schedule", "one-cycle", "--schedule", "3"], "--schedule has no effect"),

@@ -177,17 +177,17 @@ def add_network_arguments(parser: argparse.ArgumentParser) -> None:
     add_data_arguments(parser, default_dataset=None)
 
 
-def add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the training of step 1."""
+def add_training_arguments(parser: argparse.ArgumentParser, describe_default: Callable[[str], str]) -> None:
+    """Add the training of step 1; the defaults depend on the attack, and ``describe_default`` says how."""
     group = parser.add_argument_group("training")
     group.add_argument(
-        "--epoch", type=number(int, 1), metavar="N", help="epochs, 1 or more (default: 200, 600 for iab-*)"
+        "--epoch", type=number(int, 1), metavar="N", help=f"epochs, 1 or more (default: {describe_default('epoch')})"
     )
     group.add_argument(
         "--lr",
         type=number(float, 0, open_low=True),
         metavar="X",
-        help="learning rate, above 0; the peak of one-cycle (default: 0.1, 0.01 for iab-*)",
+        help=f"learning rate, above 0; the peak of one-cycle (default: {describe_default('lr')})",
     )
     group.add_argument(
         "--lr-schedule",
@@ -201,7 +201,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         type=number(int, 1),
         nargs="+",
         metavar="N",
-        help="epochs after which the step schedule drops the rate (default: 100 150)",
+        help=f"epochs after which the step schedule drops the rate (default: {describe_default('schedule')})",
     )
     group.add_argument(
         "--save-every", type=number(int, 1), default=20, metavar="N", help="keep model_{epoch}.th every N epochs"

@@ -49,7 +49,8 @@ class Report:
 
     def __str__(self) -> str:
         asr = f"{percent(self.triggered.accuracy):.2f} %" if self.triggered else "not known (no trigger)"
-        return f"C-Acc {percent(self.clean.accuracy):.2f} %, ASR {asr}"
+        cross = f", with other images' triggers {percent(self.cross.accuracy):.2f} %" if self.cross else ""
+        return f"C-Acc {percent(self.clean.accuracy):.2f} %, ASR {asr}{cross}"
 
 
 def percent(share: float) -> float:

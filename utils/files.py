@@ -34,7 +34,7 @@ def sha256_of_folder(folder: str | Path) -> str:
     """Return the sha256 that names all files of a folder, with their places and their content."""
     digest = hashlib.sha256()
     for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
-        digest.update(f"{path.relative_to(folder)} {sha256_of(path)}\n".encode())
+        digest.update(os.fsencode(path.relative_to(folder)) + f" {sha256_of(path)}\n".encode())
     return digest.hexdigest()
 
 

@@ -22,7 +22,7 @@ from utils.runtime import Runtime, prepare_runtime
 from utils.tables import Table, read_table
 
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 130
-STATE_VERSION = 1  # of the resume files
+STATE_VERSION = 2  # of the resume files
 FILE_OPTIONS = ("checkpoint", "trigger_info", "mask_file", "split_file", "clb_surrogate")
 FOLDER_OPTIONS = ("clb_dir", "poisoned_dir")
 SAVE_SECONDS = 60.0  # a killed run loses at most this much

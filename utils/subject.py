@@ -1,4 +1,4 @@
-"""The network that steps 2 and 3 repair, with all that its card or the flags say about it."""
+"""The network that steps 2 and 3 repair, and an attacker's surrogate, with what cards and flags say about them."""
 
 from argparse import Namespace
 from dataclasses import asdict, dataclass
@@ -94,13 +94,18 @@ def load_surrogate(
     Raises:
         InputError: the file is missing, damaged or hostile, does not fit, or its card names another dataset or split.
     """
-    state_dict, card = read_state_dict(path), read_card(path) or {}
+    state_dict, card = read_state_dict(path), read_card(path)
+    if card is None:
+        announce(f"{path}: no card: it may have been trained on the defender's images")
+        card = {}
+    if card.get("attack", {}).get("poison_type", "benign") != "benign":
+        announce(f"{path}: its card says that it is backdoored itself; a surrogate should be a clean network")
     if card.get("dataset", dataset.name) != dataset.name:
         raise InputError(f"{path}: a network for {card['dataset']}, but the run is on {dataset.name}")
     digest = permutation_digest(permutation)
     if card.get("split", {}).get("sha256", digest) != digest:
         raise InputError(f"{path}: trained on another split, and so perhaps on the defender's images; see --split-file")
-    known = card.get("normalization", asdict(dataset.normalization))
+    known = {**asdict(dataset.normalization), **card.get("normalization", {})}
     arch, width = card.get("arch", args.arch), card.get("widen_factor", args.widen_factor)
     network = _build(path, state_dict, arch, dataset.num_classes, width)
     return network, Normalization(tuple(known["mean"]), tuple(known["std"]))

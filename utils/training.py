@@ -46,7 +46,7 @@ class TrainConfig:
     batch_size: int = 128
     lr: float = 0.1
     lr_schedule: str = "step"
-    milestones: tuple[int, ...] = (100, 150)
+    milestones: tuple[float, ...] = (100, 150)
     momentum: float = 0.9
     weight_decay: float = 5e-4
     seed: int = 0
@@ -197,6 +197,10 @@ def fit(run: Run, trainer: Trainer) -> Iterator[tuple[dict, Report | None]]:
 
     Yields:
         The row of each epoch and what the network measured after it.
+
+    Raises:
+        InputError: the training diverged.
+        OSError: log or state cannot be written.
     """
     device, images, epochs = trainer.train.images.device, len(trainer.train), trainer.config.epochs
     batches = -(-images // trainer.config.batch_size)
