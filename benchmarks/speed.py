@@ -168,7 +168,7 @@ def clean_label(args: argparse.Namespace, dataset: Dataset, network: nn.Module, 
     folded = inference_copy(network, runtime.precision).requires_grad_(False)
     images, flops = dataset.train[torch.arange(PGD_BATCH)], forward_flops(network, runtime.device)
     settings = dataset.normalization, 16.0, args.batches, 1.5, runtime.precision
-    return Loops(None, lambda: pgd(folded, images, *settings), args.batches * PGD_BATCH, flops, 0, 2)
+    return Loops(None, lambda: list(pgd(folded, images, *settings)), args.batches * PGD_BATCH, flops, 0, 2)
 
 
 def input_aware(phase: int) -> Callable[..., Loops]:
