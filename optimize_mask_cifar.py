@@ -13,136 +13,48 @@ Writes to the output folder: mask_values.txt, mask_values.png, optimize_log.json
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
-import torch
-from torch import nn
-
-from data.augment import make_transform
-from defenses import AnpConfig, AnpState, AnpStep, mask_values, optimize_masks
-from defenses.anp import apply_masks, set_masks
-from models import convert_noisy_batchnorm
-from utils.arguments import (
-    add_anp_arguments,
-    add_compute_arguments,
-    add_network_arguments,
-    add_output_arguments,
-    add_seed_argument,
-    make_parser,
-)
-from utils.evaluation import percent
-from utils.mask_file import write_masks
+from defenses.anp import AnpConfig, MaskLoop
+from engine.drive import drive
+from engine.runtime import RuntimeConfig, prepare_runtime
+from formats.mask_file import write_masks
+from formats.subject import add_subject_flags, load_subject
+from utils.config import Config, Range, add_flags, add_output_flags, from_flags, make_parser, setting
 from utils.plots import plot_masks
 from utils.run import Run, announce, command_line, run_script
-from utils.subject import Subject, load_subject
 
-COLUMNS = {
-    "iteration": "9d",
-    "loss": "8.4f",
-    "natural loss": "8.4f",
-    "perturbed loss": "8.4f",
-    "batch acc %": "8.2f",
-    "C-Acc %": "7.2f",
-    "ASR %": "7.2f",
-    "masks <= 0.2": "6d",
-    "seconds": "8.0f",
-}
+
+@dataclass(frozen=True)
+class LogConfig(Config):
+    """How often to look."""
+
+    print_every: int = setting(500, "updates between two rows of the table", Range(1))
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of step 2."""
     parser = make_parser(__doc__)
-    add_network_arguments(parser)
-    add_anp_arguments(parser)
-    add_seed_argument(parser)
-    add_compute_arguments(parser)
-    add_output_arguments(parser, resumable=True)
+    add_subject_flags(parser)
+    group = parser.add_argument_group("adversarial neuron pruning")
+    add_flags(group, AnpConfig)
+    add_flags(group, LogConfig)
+    add_flags(parser.add_argument_group("computation"), RuntimeConfig)
+    add_output_flags(parser)
     return parser
-
-
-class Means:
-    """Running means of what the iterations saw, summed on the device."""
-
-    def __init__(self, sums: torch.Tensor, count: int):
-        self.sums, self.count = sums, count
-
-    def watch(self, steps: Iterable[AnpStep]) -> Iterator[AnpStep]:
-        """Pass steps through and add them up."""
-        for step in steps:
-            self.sums += torch.stack([step.loss, step.natural_loss, step.perturbed_loss, step.accuracy])
-            self.count += 1
-            yield step
-
-    def take(self) -> list[float | None]:
-        """Return loss, natural loss, perturbed loss and accuracy since the last call; None if there was no step."""
-        means = (self.sums / self.count).tolist() if self.count else [None] * 4
-        self.sums.zero_()
-        self.count = 0
-        return means
-
-
-def add_row(run: Run, subject: Subject, noisy: nn.Module, state: AnpState, means: Means) -> None:
-    """Measure the masked network and log one row."""
-    report = subject.evaluator(apply_masks(subject.network, noisy))
-    with run.uninterrupted():
-        loss, natural_loss, perturbed_loss, accuracy = means.take()
-        run.log.add(
-            {
-                "iteration": state.iteration,
-                "loss": loss,
-                "natural loss": natural_loss,
-                "perturbed loss": perturbed_loss,
-                "batch acc %": accuracy and percent(accuracy),
-                "C-Acc %": percent(report.clean.accuracy),
-                "ASR %": report.triggered and percent(report.triggered.accuracy),
-                "masks <= 0.2": int((state.mask <= 0.2).sum()),
-                "seconds": run.seconds,
-            }
-        )
 
 
 def optimize(args: argparse.Namespace, run: Run) -> None:
     """Carry out step 2 in the run's folder."""
-    runtime = run.prepare_runtime()
-    subject = load_subject(args, runtime)
-    config = AnpConfig(
-        args.anp_eps,
-        args.anp_steps,
-        args.anp_alpha,
-        args.lr,
-        iterations=args.nb_iter,
-        batch_size=args.batch_size,
-        project=args.anp_project,
-        seed=args.seed,
-        precision=runtime.precision,
-    )
-    noisy = convert_noisy_batchnorm(subject.network)
-    state = AnpState.start(noisy)
-    means = Means(torch.zeros(4, device=runtime.device), 0)
-    if run.saved:
-        iteration, *vectors = run.saved["state"]
-        state = AnpState(iteration, *(vector.to(runtime.device) for vector in vectors))
-        set_masks(noisy, state.mask)
-        sums, count = run.saved["means"]
-        means = Means(sums.to(runtime.device), count)
-    log = run.table(COLUMNS)
-    run.snapshot = lambda: {
-        "state": [state.iteration, state.mask, state.momentum],
-        "means": [means.sums, means.count],
-    }
-
-    def add_row_if_due():
-        due = state.iteration % args.print_every == 0 or state.iteration == args.nb_iter
-        if due and (not log.rows or log.rows[-1]["iteration"] < state.iteration):
-            add_row(run, subject, noisy, state, means)
-
-    defender, transform = subject.defender, make_transform(subject.normalization)
-    steps = means.watch(optimize_masks(noisy, defender.images, defender.labels, config, transform, state))
-    add_row_if_due()
-    for _ in run.track(steps, args.nb_iter, state.iteration, "masks", "iteration"):
-        add_row_if_due()
-    neurons = mask_values(noisy)
+    runtime = prepare_runtime(from_flags(RuntimeConfig, args))
+    run.rely_on(runtime.facts())
+    subject, evaluator = load_subject(args, runtime)
+    config = from_flags(AnpConfig, args, precision=runtime.precision)
+    loop = MaskLoop(subject, config, args.print_every)
+    for _ in drive(run, loop, lambda: evaluator(loop.masked())):
+        pass
+    neurons = loop.neurons()
     write_masks(run.folder / "mask_values.txt", neurons, subject.card["repaired_from"]["sha256"])
     plot_masks(run.folder / "mask_values.png", neurons)
     announce(f"saved {run.folder / 'mask_values.txt'}: {len(neurons)} neurons; {run.seconds:.0f} s")

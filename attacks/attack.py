@@ -1,44 +1,25 @@
-"""What every attack is given and what it returns."""
+"""What every attack is: a config that poisons a training set."""
 
-from argparse import Namespace
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from data.datasets import Dataset, ImageSet
-from data.errors import InputError
-from data.seeding import seeded_generator
 from data.split import split_size
 from data.triggers import Trigger
-from utils.run import Run
-from utils.runtime import Runtime
-from utils.training import SgdTrainer, TrainConfig, Trainer
+from engine.runtime import Runtime
+from engine.training import SgdLoop, TrainConfig, TrainingLoop
+from models import ModelConfig
+from utils.config import Config, Range, setting
+from utils.errors import InputError
+from utils.seeding import seeded_generator
 
-PAPER_TRAINING = {"epoch": 200, "lr": 0.1, "schedule": [100, 150]}
-
-
-@dataclass(frozen=True)
-class AttackContext:
-    """What an attack works with.
-
-    Attributes:
-        dataset: the clean dataset; attacks never change it.
-        train_index: int64; the training images that the attacker holds.
-        permutation: int64 (N,); the split, of which ``train_index`` is a part.
-        options: the command line of step 1, with the attack's own defaults filled in.
-        run: the run, for progress and its folder.
-        runtime: where to compute.
-    """
-
-    dataset: Dataset
-    train_index: Tensor
-    permutation: Tensor
-    options: Namespace
-    run: Run
-    runtime: Runtime
+A = TypeVar("A", bound="Attack")
+SHARE = Range(0, 1, open_low=True)
 
 
 @dataclass(frozen=True)
@@ -46,115 +27,160 @@ class PoisonedSet:
     """The attacker's training set and the trigger.
 
     Attributes:
-        train: what the network is trained on, in the order of ``AttackContext.train_index`` unless it was read.
+        train: what the network is trained on.
         trigger: None where there is none, or where it is learnt with the network.
+        index: int64; the poisoned ones among ``train``; empty where that is not known or differs between batches.
     """
 
     train: ImageSet
     trigger: Trigger | None
-
-    @property
-    def count(self) -> int | None:
-        """Number of poisoned images; None where it is not known, or differs from batch to batch."""
-        return len(self.trigger.data_index) or None if self.trigger else None
-
-
-def _no_contradiction(options: Namespace) -> frozenset[str]:
-    """The check of an attack whose flags go with each other in any way."""
-    return frozenset()
-
-
-def _sgd_trainer(network: nn.Module, poisoned: PoisonedSet, config: TrainConfig, context: AttackContext) -> Trainer:
-    return SgdTrainer(network, poisoned.train, poisoned.trigger, context.dataset, config)
+    index: Tensor
 
 
 @dataclass(frozen=True)
-class Attack:
-    """One entry of the registry.
+class Workspace:
+    """What step 1 lends an attack that needs more than images: files, a device, time.
 
     Attributes:
-        poison: makes the poisoned set; raises ``InputError`` where that cannot be done.
-        options: the flags of step 1 that the attack takes, by name, with its defaults. Any other attack's flag
-            is refused.
-        training: the same for the flags of the training; the default is the paper's.
-        check: is given the flags before defaults are filled in; raises ``ValueError`` where they contradict each
-            other, and returns the names of those that shall stay unset.
-        make_trainer: for attacks that train more than the network.
+        dataset: the clean dataset; files number images by its training set.
+        held: int64; the training images that the attacker holds.
+        split: digest of the permutation of which they are a part.
+        seed: of the run.
+        folder: of the run.
+        overwrite: whether older results in it may go.
+        runtime: where to compute.
+        model: the network that will be trained.
+        track: shows the progress of some steps, given their number, how many are done, a title and a unit.
     """
 
-    poison: Callable[[AttackContext], PoisonedSet]
-    options: dict[str, Any]
-    training: dict[str, Any] = field(default_factory=PAPER_TRAINING.copy)
-    check: Callable[[Namespace], Collection[str]] = _no_contradiction
-    make_trainer: Callable[[nn.Module, PoisonedSet, TrainConfig, AttackContext], Trainer] = _sgd_trainer
+    dataset: Dataset
+    held: Tensor
+    split: str
+    seed: int
+    folder: Path
+    overwrite: bool
+    runtime: Runtime
+    model: ModelConfig
+    track: Callable[..., Iterator[Any]]
+
+    @property
+    def train(self) -> ImageSet:
+        """The attacker's images."""
+        return self.dataset.train[self.held]
 
 
-def target_class(context: AttackContext) -> int:
-    """Return the target class.
+@dataclass(frozen=True)
+class Attack(Config):
+    """Base of all attacks: the settings are its fields, and ``poison`` carries it out.
+
+    >>> BadNets(poison_rate=0.05).poison(train, seed=0)
+
+    Attributes:
+        train_config: the settings of the training, with the attack's own defaults.
+        shortest: epochs that a training needs at least.
+        poisons_once: whether there is a poisoned set to export.
 
     Raises:
-        InputError: the dataset has no such class.
+        ValueError: a setting is out of range.
     """
-    target, dataset = context.options.poison_target, context.dataset
-    if target >= dataset.num_classes:
-        raise InputError(f"--poison-target {target}: {dataset.name} has the classes 0..{dataset.num_classes - 1}")
-    return target
+
+    train_config: ClassVar[type[TrainConfig]] = TrainConfig
+    shortest: ClassVar[int] = 1
+    poisons_once: ClassVar[bool] = True
+
+    @classmethod
+    def from_given(cls: type[A], given: dict[str, Any]) -> A:
+        """Make the attack from the flags that were given, by field; raises ``ValueError`` where they contradict."""
+        return cls(**given)
+
+    def poison(self, train: ImageSet, seed: int = 0) -> PoisonedSet:
+        """Poison a training set, which itself stays as it is.
+
+        Args:
+            train: the attacker's clean images.
+            seed: decides which images are poisoned.
+
+        Raises:
+            InputError: the target is no class, or no image would be poisoned.
+        """
+        raise NotImplementedError
+
+    def carry_out(self, workspace: Workspace) -> PoisonedSet:
+        """Poison the attacker's images in step 1; raises as ``poison``."""
+        return self.poison(workspace.train, workspace.seed)
+
+    def make_loop(
+        self, network: nn.Module, poisoned: PoisonedSet, dataset: Dataset, config: TrainConfig
+    ) -> TrainingLoop:
+        """Return the training of a network on what ``poison`` returned."""
+        return SgdLoop(network, poisoned.train, dataset.normalization, dataset.flip, config)
 
 
-def next_class(labels: Tensor, num_classes: int) -> Tensor:
-    """Return the all-to-all target of each label: (y + 1) mod classes (Gu et al. 2017)."""
-    return (labels + 1) % num_classes
+def check_target(target: int, train: ImageSet) -> None:
+    """Make sure that the target is a class.
+
+    Raises:
+        InputError: it is none.
+    """
+    if target >= train.num_classes:
+        raise InputError(f"--poison-target {target}: there are only the classes 0..{train.num_classes - 1}")
 
 
-def draw_poisoned_index(context: AttackContext, candidates: Tensor) -> Tensor:
+def draw_poisoned(candidates: Tensor, rate: float, seed: int) -> Tensor:
     """Draw int(rate * M) of the attacker's images.
 
     Args:
-        context: with ``options.poison_rate`` above 0.
-        candidates: bool (N,) over all training images; M of the attacker's have it set.
+        candidates: bool (N,), M of them set.
+        rate: above 0, at most 1.
+        seed: decides which.
 
     Returns:
-        int64 indices into the dataset's training images.
+        int64 positions, on the CPU.
 
     Raises:
         InputError: the rate is so small that no image would be poisoned.
     """
-    rate = context.options.poison_rate
-    held = context.train_index[candidates.cpu()[context.train_index]]
-    count = split_size(rate, len(held))
+    possible = candidates.nonzero().flatten().cpu()
+    count = split_size(rate, len(possible))
     if count < 1:
-        raise InputError(f"--poison-rate {rate} of {len(held)} candidate images poisons none; use more")
-    order = torch.randperm(len(held), generator=seeded_generator(context.options.seed, "poisoned images"))
-    return held[order[:count]]
+        raise InputError(f"--poison-rate {rate} of {len(possible)} candidate images poisons none; use more")
+    order = torch.randperm(len(possible), generator=seeded_generator(seed, "poisoned images"))
+    return possible[order[:count]]
 
 
-def stamp_and_relabel(context: AttackContext, trigger: Trigger, labels: Tensor | None = None) -> PoisonedSet:
-    """Stamp ``trigger.data_index``; the rest stays.
+def stamp_and_relabel(train: ImageSet, trigger: Trigger, index: Tensor, labels: Tensor | None = None) -> PoisonedSet:
+    """Stamp some images; the rest stays.
 
     Args:
-        context: the attacker's images.
+        train: the attacker's clean images.
         trigger: one pattern for all images.
-        labels: int64 (N,), the new label of every training image; None keeps the labels.
+        index: int64; which.
+        labels: int64 (N,), the new label of every image; None keeps the labels.
     """
-    train = context.dataset.train[context.train_index]
-    position = torch.isin(context.train_index, trigger.data_index).nonzero().flatten()
-    train.images[position] = trigger.stamp(train.images[position])
+    images, new = train.images.clone(), train.labels.clone()
+    index_there = index.to(images.device)
+    images[index_there] = trigger.stamp(images[index_there])
     if labels is not None:
-        train.labels[position] = labels.to(train.labels.device)[context.train_index[position]]
-    return PoisonedSet(train, trigger)
+        new[index_there] = labels[index_there]
+    return PoisonedSet(ImageSet(images, new, train.num_classes), trigger, index)
 
 
-def poison_all_to_one(context: AttackContext, pattern: Tensor, mask: Tensor) -> PoisonedSet:
-    """Stamp a share of the images of other classes and label them as the target.
+@dataclass(frozen=True)
+class OneTarget(Attack):
+    """Base of attacks that stamp a share of the images of other classes and label them as the target."""
 
-    Args:
-        context: of the attack.
-        pattern, mask: the trigger, uint8 (1, H, W, C or 1) and floating (1, H, W, 1).
+    poison_target: int = setting(0, "class that the trigger shall lead to", Range(0))
+    poison_rate: float = setting(0.05, "share of the non-target training images that is poisoned", SHARE)
+    trigger_alpha: float = setting(1.0, "opacity of the trigger; 1 is fully opaque", SHARE)
 
-    Raises:
-        InputError: the target is no class, or the poison rate leaves no image to poison.
-    """
-    target, labels = target_class(context), context.dataset.train.labels
-    index = draw_poisoned_index(context, labels != target)
-    trigger = Trigger(pattern, mask, context.options.trigger_alpha, torch.tensor([target]), index)
-    return stamp_and_relabel(context, trigger, torch.full_like(labels, target))
+    def pattern(self, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """Return the trigger, uint8 (1, H, W, C or 1), and its mask, floating (1, H, W, 1)."""
+        raise NotImplementedError
+
+    def poison(self, train: ImageSet, seed: int = 0) -> PoisonedSet:
+        """See ``Attack``."""
+        check_target(self.poison_target, train)
+        pattern, mask = self.pattern(*train.images.shape[1:3])
+        index = draw_poisoned(train.labels != self.poison_target, self.poison_rate, seed)
+        trigger = Trigger(pattern, mask, self.trigger_alpha, torch.tensor([self.poison_target]))
+        return stamp_and_relabel(train, trigger, index, torch.full_like(train.labels, self.poison_target))

@@ -1,17 +1,14 @@
 """BadNets (Gu, Dolan-Gavitt, Garg 2017): a small checkerboard in a corner, labels changed to the target."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from attacks.attack import (
-    AttackContext,
-    PoisonedSet,
-    draw_poisoned_index,
-    next_class,
-    poison_all_to_one,
-    stamp_and_relabel,
-)
-from data.triggers import Trigger
+from attacks.attack import SHARE, Attack, OneTarget, PoisonedSet, draw_poisoned, stamp_and_relabel
+from data.datasets import ImageSet
+from data.triggers import Trigger, next_class
+from utils.config import setting
 
 CHECKERBOARD = ((0, 0, 255), (0, 255, 0), (255, 0, 255))
 
@@ -25,20 +22,24 @@ def corner_checkerboard(height: int, width: int) -> tuple[Tensor, Tensor]:
     return pattern, mask
 
 
-def poison_badnets(context: AttackContext) -> PoisonedSet:
-    """All-to-one: stamped images of other classes are labelled as the target; raises as ``poison_all_to_one``."""
-    return poison_all_to_one(context, *corner_checkerboard(*context.dataset.train.images.shape[1:3]))
+@dataclass(frozen=True)
+class BadNets(OneTarget):
+    """All-to-one: stamped images of other classes are labelled as the target."""
+
+    def pattern(self, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """See ``OneTarget``."""
+        return corner_checkerboard(height, width)
 
 
-def poison_badnets_all(context: AttackContext) -> PoisonedSet:
-    """All-to-all: stamped images of every class y are labelled y + 1 (Gu et al. 2017, section 3.1.2).
+@dataclass(frozen=True)
+class BadNetsAllToAll(Attack):
+    """Stamped images of every class y are labelled y + 1 (Gu et al. 2017, section 3.1.2)."""
 
-    Raises:
-        InputError: the poison rate leaves no image to poison.
-    """
-    dataset = context.dataset
-    pattern, mask = corner_checkerboard(*dataset.train.images.shape[1:3])
-    index = draw_poisoned_index(context, torch.ones(len(dataset.train), dtype=torch.bool))
-    targets = next_class(dataset.test.labels, dataset.num_classes).cpu()
-    trigger = Trigger(pattern, mask, context.options.trigger_alpha, targets, index)
-    return stamp_and_relabel(context, trigger, next_class(dataset.train.labels, dataset.num_classes))
+    poison_rate: float = setting(0.1, "share of all training images that is poisoned", SHARE)
+    trigger_alpha: float = setting(1.0, "opacity of the trigger; 1 is fully opaque", SHARE)
+
+    def poison(self, train: ImageSet, seed: int = 0) -> PoisonedSet:
+        """See ``Attack``."""
+        index = draw_poisoned(torch.ones(len(train), dtype=torch.bool), self.poison_rate, seed)
+        trigger = Trigger(*corner_checkerboard(*train.images.shape[1:3]), self.trigger_alpha, None)
+        return stamp_and_relabel(train, trigger, index, next_class(train))

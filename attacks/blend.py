@@ -1,10 +1,13 @@
 """Blend (Chen et al. 2017): uniform noise over the whole picture at low opacity, labels changed to the target."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from attacks.attack import AttackContext, PoisonedSet, poison_all_to_one
-from data.seeding import seeded_generator
+from attacks.attack import SHARE, OneTarget
+from utils.config import setting
+from utils.seeding import seeded_generator
 
 NOISE_SEED = 0  # one noise image for every run; it is stored in trigger_info.th
 
@@ -16,6 +19,12 @@ def noise_pattern(height: int, width: int) -> tuple[Tensor, Tensor]:
     return pattern, torch.ones(1, height, width, 1, dtype=torch.float64)
 
 
-def poison_blend(context: AttackContext) -> PoisonedSet:
-    """All-to-one: blended images of other classes are labelled as the target; raises as ``poison_all_to_one``."""
-    return poison_all_to_one(context, *noise_pattern(*context.dataset.train.images.shape[1:3]))
+@dataclass(frozen=True)
+class Blend(OneTarget):
+    """All-to-one: blended images of other classes are labelled as the target."""
+
+    trigger_alpha: float = setting(0.2, "opacity of the trigger; 1 is fully opaque", SHARE)
+
+    def pattern(self, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """See ``OneTarget``."""
+        return noise_pattern(height, width)

@@ -9,34 +9,26 @@ import csv
 import io
 import shutil
 import warnings
-from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from attacks.attack import AttackContext, PoisonedSet
+from attacks.attack import Attack, PoisonedSet, Workspace
 from data.datasets import ImageSet
-from data.errors import InputError
+from formats.trigger_file import load_trigger, save_trigger
+from utils.config import InputFolder, setting
+from utils.errors import InputError
 from utils.files import write_text
 from utils.run import announce
-from utils.trigger_file import load_trigger, save_trigger
 
 TABLE, TRIGGER = "poisoned.csv", "trigger_info.th"
 COLUMNS = ("file", "index", "label", "original_label", "poisoned")
-
-
-def check_image_folder(options: Namespace) -> frozenset[str]:
-    """Raise ``ValueError`` where no folder is named, or where it would be written again."""
-    if not options.poisoned_dir:
-        raise ValueError(f"--poison-type folder needs --poisoned-dir DIR with {TABLE} and the pictures it names")
-    if options.export_poisoned:
-        raise ValueError("--export-poisoned: --poisoned-dir is a folder of pictures already")
-    return frozenset()
 
 
 def refuse_other_files(folder: Path) -> None:
@@ -49,21 +41,21 @@ def refuse_other_files(folder: Path) -> None:
         raise InputError(f"--export-poisoned {folder}: other files are there; choose another folder")
 
 
-def export_poisoned(context: AttackContext, poisoned: PoisonedSet, folder: Path) -> None:
+def export_poisoned(workspace: Workspace, poisoned: PoisonedSet, folder: Path) -> None:
     """Write a poisoned set as PNG files by class, with a table of what was done to which image.
 
     The folder appears when it is complete. One that holds the same set already, as when a run is repeated, stays.
 
     Args:
-        context: of the attack.
-        poisoned: in the order of ``context.train_index``.
+        workspace: of the run.
+        poisoned: in the order of ``workspace.held``.
         folder: to be made.
 
     Raises:
         InputError: another set or other files are there.
         OSError: it cannot be written, or the disk is full.
     """
-    rows = list(_rows(context, poisoned))
+    rows = list(_rows(workspace, poisoned))
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([COLUMNS, *rows])
     refuse_other_files(folder)
@@ -75,10 +67,11 @@ def export_poisoned(context: AttackContext, poisoned: PoisonedSet, folder: Path)
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     steps = _write_pictures(unfinished, [row[0] for row in rows], poisoned.train.images.cpu())
-    for _ in context.run.track(steps, len(rows), 0, "exporting", "image"):
+    for _ in workspace.track(steps, len(rows), 0, "exporting", "image"):
         pass
     if poisoned.trigger:
-        save_trigger(unfinished / TRIGGER, poisoned.trigger)
+        trigger = poisoned.trigger.aimed_at(workspace.dataset.test)
+        save_trigger(unfinished / TRIGGER, trigger, workspace.held[poisoned.index])
     write_text(unfinished / TABLE, text.getvalue())
     unfinished.replace(folder)
     announce(
@@ -86,13 +79,14 @@ def export_poisoned(context: AttackContext, poisoned: PoisonedSet, folder: Path)
     )
 
 
-def _rows(context: AttackContext, poisoned: PoisonedSet) -> Iterator[tuple]:
-    marked = torch.zeros(len(context.dataset.train), dtype=torch.bool)
-    if poisoned.trigger:
-        marked[poisoned.trigger.data_index] = True
-    original = context.dataset.train.labels.tolist()
-    for index, label in zip(context.train_index.tolist(), poisoned.train.labels.tolist(), strict=True):
-        yield f"{label}/{index:05d}.png", index, label, original[index], int(marked[index])
+def _rows(workspace: Workspace, poisoned: PoisonedSet) -> Iterator[tuple]:
+    marked = torch.zeros(len(poisoned.train), dtype=torch.int64)
+    marked[poisoned.index] = 1
+    original = workspace.train.labels
+    for index, label, before, mark in torch.stack(
+        [workspace.held, poisoned.train.labels.cpu(), original.cpu(), marked], 1
+    ).tolist():
+        yield f"{label}/{index:05d}.png", index, label, before, mark
 
 
 def _write_pictures(folder: Path, names: list[str], images: Tensor) -> Iterator[str]:
@@ -104,45 +98,69 @@ def _write_pictures(folder: Path, names: list[str], images: Tensor) -> Iterator[
         yield name
 
 
-def poison_image_folder(context: AttackContext) -> PoisonedSet:
-    """Read a poisoned set; images made from the defender's held-out ones are left out.
+@dataclass(frozen=True)
+class ImageFolder(Attack):
+    """A poisoned set as pictures, made by any attack."""
 
-    Raises:
-        InputError: the table or a picture is missing or damaged, a picture has another size than the dataset's, a
-            label or an index is out of range or repeats, an original label is not the dataset's, or the trigger file
-            is none.
-    """
-    folder, dataset = Path(context.options.poisoned_dir), context.dataset
-    rows = _read_table(folder / TABLE)
-    labels = _whole_numbers(rows, "label", dataset.num_classes, folder)
-    keep = torch.ones(len(rows), dtype=torch.bool)
-    index = poisoned = None
-    if "index" in rows[0]:
-        index = _whole_numbers(rows, "index", len(dataset.train), folder)
-        if len(index.unique()) < len(index):
-            raise InputError(f"{folder / TABLE}: an index repeats; expected each training image at most once")
-        if "original_label" in rows[0]:
-            original = _whole_numbers(rows, "original_label", dataset.num_classes, folder)
-            if not torch.equal(original, dataset.train.labels.cpu()[index]):
-                raise InputError(f"{folder / TABLE}: original_label differs from {dataset.name}; see --dataset")
-        keep = torch.isin(index, context.train_index)
-        announce(f"{folder}: {int((~keep).sum())} of {len(rows)} images are held out from the attacker and left out")
-        poisoned = _whole_numbers(rows, "poisoned", 2, folder) if "poisoned" in rows[0] else None
-    else:
+    poisons_once: ClassVar[bool] = False  # it is a folder already
+
+    poisoned_dir: InputFolder | None = setting(
+        None,
+        "a poisoned set as pictures, as --export-poisoned writes it: poisoned.csv, its pictures, trigger_info.th",
+        metavar="DIR",
+    )
+
+    @classmethod
+    def from_given(cls, given: dict[str, Any]) -> "ImageFolder":
+        """See ``Attack``; raises ``ValueError`` where no folder is named."""
+        if not given.get("poisoned_dir"):
+            raise ValueError(f"--poison-type folder needs --poisoned-dir DIR with {TABLE} and the pictures it names")
+        return cls(**given)
+
+    def carry_out(self, workspace: Workspace) -> PoisonedSet:
+        """Read the set; images made from the defender's held-out ones are left out.
+
+        Raises:
+            InputError: the table or a picture is missing or damaged, a picture has another size than the dataset's, a
+                label or an index is out of range or repeats, an original label is not the dataset's, or the trigger
+                file is none.
+        """
+        folder, clean = Path(self.poisoned_dir), workspace.dataset.train
+        rows = _read_table(folder / TABLE)
+        labels = _whole_numbers(rows, "label", clean.num_classes, folder)
+        keep, poisoned = _known_images(rows, workspace, folder)
+        names = [row["file"] for row, kept in zip(rows, keep.tolist(), strict=True) if kept]
+        if len(names) < 2:
+            raise InputError(f"{folder / TABLE}: names {len(names)} images to train on")
+        images = torch.empty(len(names), *clean.images.shape[1:], dtype=torch.uint8)
+        for _ in workspace.track(_read_pictures(folder, names, images), len(names), 0, "reading", "image"):
+            pass
+        trigger = None
+        if (folder / TRIGGER).exists():
+            trigger = load_trigger(folder / TRIGGER, clean.num_classes)
+        else:
+            announce(f"{folder}: no {TRIGGER}, so the attack success rate is not known")
+        train = ImageSet(images, labels[keep], clean.num_classes).to(clean.images.device)
+        return PoisonedSet(train, trigger, poisoned[keep].nonzero().flatten())
+
+
+def _known_images(rows: list[dict[str, str]], workspace: Workspace, folder: Path) -> tuple[Tensor, Tensor]:
+    """Return which pictures the attacker may use and which of them are poisoned, bool each, as far as is known."""
+    everything, nothing = torch.ones(len(rows), dtype=torch.bool), torch.zeros(len(rows), dtype=torch.bool)
+    if "index" not in rows[0]:
         announce(f"{folder / TABLE}: no column index, so the defender's images may be among those trained on")
-    names = [row["file"] for row, kept in zip(rows, keep.tolist(), strict=True) if kept]
-    if len(names) < 2:
-        raise InputError(f"{folder / TABLE}: names {len(names)} images to train on")
-    images = torch.empty(len(names), *dataset.train.images.shape[1:], dtype=torch.uint8)
-    for _ in context.run.track(_read_pictures(folder, names, images), len(names), 0, "reading", "image"):
-        pass
-    trigger = None
-    if (folder / TRIGGER).exists():
-        marked = index[keep & poisoned.bool()] if poisoned is not None else torch.zeros(0, dtype=torch.int64)
-        trigger = replace(load_trigger(folder / TRIGGER, dataset.num_classes), data_index=marked)
-    else:
-        announce(f"{folder}: no {TRIGGER}, so the attack success rate is not known")
-    return PoisonedSet(ImageSet(images, labels[keep]).to(dataset.train.images.device), trigger)
+        return everything, nothing
+    clean = workspace.dataset.train
+    index = _whole_numbers(rows, "index", len(clean), folder)
+    if len(index.unique()) < len(index):
+        raise InputError(f"{folder / TABLE}: an index repeats; expected each training image at most once")
+    if "original_label" in rows[0]:
+        original = _whole_numbers(rows, "original_label", clean.num_classes, folder)
+        if not torch.equal(original, clean.labels.cpu()[index]):
+            raise InputError(f"{folder / TABLE}: original_label differs from {workspace.dataset.name}; see --dataset")
+    keep = torch.isin(index, workspace.held)
+    announce(f"{folder}: {int((~keep).sum())} of {len(rows)} images are held out from the attacker and left out")
+    return keep, _whole_numbers(rows, "poisoned", 2, folder).bool() if "poisoned" in rows[0] else nothing
 
 
 def _read_table(path: Path) -> list[dict[str, str]]:

@@ -1,12 +1,15 @@
 """SIG (Barni, Kallas, Tondi, ICIP 2019): a sinusoidal signal added to images of the target class; labels stay."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from attacks.attack import AttackContext, PoisonedSet, draw_poisoned_index, stamp_and_relabel, target_class
+from attacks.attack import SHARE, Attack, PoisonedSet, check_target, draw_poisoned, stamp_and_relabel
+from data.datasets import ImageSet
 from data.triggers import Trigger
+from utils.config import Range, setting
 
 
 def sinusoid(height: int, width: int, delta: float, frequency: float) -> tuple[Tensor, Tensor]:
@@ -27,15 +30,18 @@ def sinusoid(height: int, width: int, delta: float, frequency: float) -> tuple[T
     return pattern, torch.ones(1, height, width, 1, dtype=torch.float64)
 
 
-def poison_sig(context: AttackContext) -> PoisonedSet:
-    """Add the signal to a share of the target class.
+@dataclass(frozen=True)
+class Sig(Attack):
+    """Adds the signal to a share of the target class; no label changes."""
 
-    Raises:
-        InputError: the target is no class, or the poison rate leaves no image to poison.
-    """
-    target, options = target_class(context), context.options
-    shape = context.dataset.train.images.shape[1:3]
-    pattern, mask = sinusoid(*shape, options.sig_delta, options.sig_frequency)
-    index = draw_poisoned_index(context, context.dataset.train.labels == target)
-    trigger = Trigger(pattern, mask, 1.0, torch.tensor([target]), index, mode="add")
-    return stamp_and_relabel(context, trigger)
+    poison_target: int = setting(0, "class that the trigger shall lead to", Range(0))
+    poison_rate: float = setting(0.5, "share of the target class that is poisoned", SHARE)
+    sig_delta: float = setting(40.0, "amplitude of the signal in pixel values", Range(0, 255, open_low=True))
+    sig_frequency: float = setting(6.0, "periods of the signal across the picture", Range(0, open_low=True))
+
+    def poison(self, train: ImageSet, seed: int = 0) -> PoisonedSet:
+        """See ``Attack``."""
+        check_target(self.poison_target, train)
+        pattern, mask = sinusoid(*train.images.shape[1:3], self.sig_delta, self.sig_frequency)
+        index = draw_poisoned(train.labels == self.poison_target, self.poison_rate, seed)
+        return stamp_and_relabel(train, Trigger(pattern, mask, 1.0, torch.tensor([self.poison_target]), "add"), index)

@@ -29,7 +29,8 @@ class _Images(Dataset):
 
 def plain_loader(images: ImageSet, normalization: Normalization, train: bool, batch_size: int = 128) -> DataLoader:
     """Return a DataLoader of float (B, 3, H, W) and int64 (B,), augmented and shuffled if ``train``."""
-    augmentation = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()] if train else []
+    size = list(images.images.shape[1:3])
+    augmentation = [transforms.RandomCrop(size, padding=4), transforms.RandomHorizontalFlip()] if train else []
     steps = [transforms.ToPILImage(), *augmentation, transforms.ToTensor()]
     steps.append(transforms.Normalize(normalization.mean, normalization.std))
     return DataLoader(_Images(images, transforms.Compose(steps)), batch_size, shuffle=train)
@@ -51,9 +52,10 @@ class PlainNoisyBatchNorm2d(nn.BatchNorm2d):
     def __init__(self, norm: nn.BatchNorm2d):
         super().__init__(norm.num_features, norm.eps)
         self.load_state_dict(norm.state_dict())
-        self.neuron_mask = nn.Parameter(torch.ones(norm.num_features))
-        self.neuron_noise = nn.Parameter(torch.zeros(norm.num_features))
-        self.neuron_noise_bias = nn.Parameter(torch.zeros(norm.num_features))
+        self.to(norm.weight.device)
+        self.neuron_mask = nn.Parameter(torch.ones_like(norm.weight))
+        self.neuron_noise = nn.Parameter(torch.zeros_like(norm.weight))
+        self.neuron_noise_bias = nn.Parameter(torch.zeros_like(norm.weight))
         self.perturbed = False
 
     def forward(self, x: Tensor) -> Tensor:

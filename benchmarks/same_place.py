@@ -17,74 +17,78 @@ from tqdm import tqdm
 
 from benchmarks.plain import PlainMasks
 from data.augment import make_transform
-from defenses import AnpConfig, AnpState, Neuron, mask_values, optimize_masks
+from defenses import AnpConfig, Neuron, mask_values, optimize_masks
 from defenses.anp import draw_batch
-from defenses.pruning import sort_neurons, sweep, threshold_points
+from defenses.pruning import SweepConfig
+from engine.evaluation import Evaluator, percent
+from engine.runtime import RuntimeConfig, prepare_runtime
+from engine.sweep import SweepLoop
+from formats.subject import Subject, add_subject_flags, load_subject
 from models import convert_noisy_batchnorm
-from utils.arguments import add_compute_arguments, add_network_arguments, add_seed_argument, make_parser, number
-from utils.evaluation import percent
-from utils.runtime import prepare_runtime
-from utils.subject import Subject, load_subject
+from models.neurons import MASK_DECIMALS, sort_neurons
+from utils.config import add_flags, from_flags, make_parser
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the comparison."""
     parser = make_parser(__doc__)
-    parser.add_argument("--nb-iter", type=number(int, 1), default=200, metavar="N", help="mask updates, 1 or more")
-    add_network_arguments(parser)
-    add_seed_argument(parser)
-    add_compute_arguments(parser)
+    add_subject_flags(parser)
+    add_flags(parser.add_argument_group("adversarial neuron pruning"), AnpConfig, iterations=200)
+    add_flags(parser.add_argument_group("computation"), RuntimeConfig)
     return parser
 
 
 def learn_masks(subject: Subject, config: AnpConfig) -> tuple[list[Neuron], list[Neuron]]:
     """Return the neurons with the masks of the plain fp32 loop, and with those of the fast loop."""
-    images, labels = subject.defender.images, subject.defender.labels
+    images, labels = subject.clean.images, subject.clean.labels
     noisy, plain = convert_noisy_batchnorm(subject.network), PlainMasks(subject.network, config)
     plain.network.to(memory_format=torch.contiguous_format)
-    transform = make_transform(subject.normalization)
+    transform = make_transform(subject.normalization, subject.flip)
 
     steps = optimize_masks(noisy, images, labels, config, transform)
     for step in tqdm(steps, total=config.iterations, disable=None):
-        same = AnpState(step.iteration - 1, plain.mask(), plain.mask())  # the draw depends on the iteration alone
-        batch, batch_labels, *noise = draw_batch(images, labels, same, config, transform)
+        batch, batch_labels, *noise = draw_batch(
+            images, labels, len(plain.mask()), config, step.iteration - 1, transform
+        )
         plain.iterate(batch.contiguous(), batch_labels, noise)
     fast = mask_values(noisy)
-    return [neuron._replace(mask=m) for neuron, m in zip(fast, plain.mask().tolist(), strict=True)], fast
+    rounded = (round(mask, MASK_DECIMALS) for mask in plain.mask().tolist())
+    return [neuron._replace(mask=mask) for neuron, mask in zip(fast, rounded, strict=True)], fast
 
 
-def sweep_of(subject: Subject, neurons: list[Neuron], precision: torch.dtype) -> list[tuple[float, ...]]:
+def sweep_of(subject: Subject, evaluator: Evaluator, neurons: list[Neuron]) -> list[tuple[float, ...]]:
     """Return threshold, C-Acc and (where there is a trigger) ASR in percent for each row of the default sweep."""
-    evaluator = copy.copy(subject.evaluator)
-    evaluator.precision = precision
     ordered = sort_neurons(neurons)
-    rows = list(sweep(subject.network, ordered, threshold_points(ordered, 0.9, 0.05), evaluator))
+    loop = SweepLoop(subject.network, ordered, SweepConfig().points(ordered), evaluator)
+    rows = list(loop.steps())[1:]
     return [
-        (row.point.value, *(percent(m.accuracy) for m in (row.metrics.clean, row.metrics.triggered) if m))
-        for row in rows[1:]
+        (row.point.threshold, *(percent(m.accuracy) for m in (row.report.clean, row.report.triggered) if m))
+        for row in rows
     ]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Compare and print; returns the exit status."""
     args = build_parser().parse_args(argv)
-    runtime = prepare_runtime(args.device, args.precision, args.threads)
-    subject = load_subject(args, runtime)
-    config = AnpConfig(iterations=args.nb_iter, batch_size=args.batch_size, seed=args.seed, precision=runtime.precision)
+    runtime = prepare_runtime(from_flags(RuntimeConfig, args))
+    subject, evaluator = load_subject(args, runtime)
+    exact = copy.copy(evaluator)
+    exact.precision = torch.float32
+    config = from_flags(AnpConfig, args, precision=runtime.precision)
     plain, fast = learn_masks(subject, config)
     other_seed, _ = learn_masks(subject, replace(config, seed=args.seed + 1))
-    reference = sweep_of(subject, plain, torch.float32)
-    for name, neurons, precision in (
-        ("fast evaluation", plain, runtime.precision),
-        ("fast masks and evaluation", fast, runtime.precision),
-        ("plain loop with the next seed", other_seed, torch.float32),
+    reference = sweep_of(subject, exact, plain)
+    for name, neurons, by in (
+        ("fast evaluation", plain, evaluator),
+        ("fast masks and evaluation", fast, evaluator),
+        ("plain loop with the next seed", other_seed, exact),
     ):
         masks = torch.tensor([[neuron.mask for neuron in part] for part in (plain, neurons)])
         correlation, difference = torch.corrcoef(masks)[0, 1], (masks[0] - masks[1]).abs().mean()
-        print(f"\n{name} ({precision}) against the plain loop in fp32, after {args.nb_iter} updates")
+        print(f"\n{name} ({by.precision}) against the plain loop in fp32, after {config.iterations} updates")
         print(f"masks: correlation {correlation:.4f}, mean difference {difference:.4f}")
         print("threshold, then C-Acc [ASR] of the plain loop and of the other")
-        other = sweep_of(subject, neurons, precision)
+        other = sweep_of(subject, by, neurons)
         for (threshold, *one), (_, *two) in zip(reference, other, strict=True):
             print(f"{threshold:4.2f}  " + "  ".join(f"{value:6.2f}" for value in (*one, *two)))
         for column, metric in enumerate(("C-Acc", "ASR")[: len(reference[0]) - 1], start=1):

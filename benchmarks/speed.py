@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -22,38 +23,37 @@ from torch import nn
 from torch.utils.data import RandomSampler
 from torch.utils.flop_counter import FlopCounterMode
 
+from attacks import InputAwareAllToAll
 from attacks.clean_label import PGD_BATCH
-from attacks.input_aware import InputAwareTrainer
 from attacks.pgd import pgd
 from benchmarks.plain import PlainMasks, plain_evaluate, plain_loader, plain_train
 from data.augment import make_transform
-from data.datasets import Dataset, load_dataset
+from data.datasets import DataConfig, Dataset, SourceConfig, load_dataset
 from data.split import attacker_index, defender_index, draw_permutation
 from defenses import AnpConfig, AnpState, optimize_masks
-from models import build_model, convert_noisy_batchnorm
-from utils.arguments import (
-    add_compute_arguments,
-    add_data_arguments,
-    add_model_arguments,
-    add_seed_argument,
-    make_parser,
-    number,
-)
-from utils.evaluation import EVALUATION_BATCH, evaluate, inference_copy
+from engine.evaluation import EVALUATION_BATCH, evaluate, inference_copy
+from engine.runtime import Runtime, RuntimeConfig, prepare_runtime
+from engine.training import SgdLoop, TrainConfig
+from models import ModelConfig, build_model, convert_noisy_batchnorm
+from utils.config import Config, Range, add_flags, from_flags, make_parser, setting
 from utils.run import versions
-from utils.runtime import Runtime, prepare_runtime
-from utils.training import SgdTrainer, TrainConfig, TrainState
+
+
+@dataclass(frozen=True)
+class SpeedConfig(Config):
+    """What is timed."""
+
+    batches: int = setting(3, "batches in a timed stretch", Range(1))
+    rounds: int = setting(3, "stretches of each loop", Range(1))
+    batch_size: int = setting(128, "images in a batch", Range(2))
+    seed: int = setting(0, "of weights and batches", Range(0))
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the benchmark."""
     parser = make_parser(__doc__)
-    parser.add_argument("--batches", type=number(int, 1), default=3, help="batches in a timed stretch, 1 or more")
-    parser.add_argument("--rounds", type=number(int, 1), default=3, help="stretches of each loop, 1 or more")
-    add_model_arguments(parser, from_card=False)
-    add_data_arguments(parser, default_dataset="cifar10", split=False)
-    add_seed_argument(parser)
-    add_compute_arguments(parser)
+    for config in (SpeedConfig, ModelConfig, DataConfig, SourceConfig, RuntimeConfig):
+        add_flags(parser, config)
     return parser
 
 
@@ -100,7 +100,7 @@ def stretch(steps: Iterator, batches: int) -> None:
 def forward_flops(network: nn.Module, device: torch.device) -> int:
     """Return the FLOPs of one image's forward pass (convolutions and linear layers)."""
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        network(torch.randn(1, 3, 32, 32, device=device))
+        network(torch.randn(1, 3, 32, 32, device=device))  # the size of every dataset here
     return counter.get_total_flops()
 
 
@@ -110,7 +110,7 @@ def step_1(args: argparse.Namespace, dataset: Dataset, network: nn.Module, runti
     plain = build_model(args.arch, dataset.num_classes, args.widen_factor).to(runtime.device)
     loader = plain_loader(train.to("cpu"), dataset.normalization, train=True, batch_size=args.batch_size)
     config = TrainConfig(batch_size=args.batch_size, precision=runtime.precision)
-    steps = SgdTrainer(network, train, None, dataset, config).train_epoch(TrainState.start(runtime.device))
+    steps = SgdLoop(network, train, dataset.normalization, dataset.flip, config).steps()
     batches = ([part.to(runtime.device) for part in batch] for batch in loader)
     return Loops(
         lambda: plain_train(plain, islice(batches, args.batches)),
@@ -133,7 +133,7 @@ def step_2(args: argparse.Namespace, dataset: Dataset, network: nn.Module, runti
     loader = torch.utils.data.DataLoader(
         loader.dataset, args.batch_size, sampler=RandomSampler(loader.dataset, True, 10**9)
     )
-    transform = make_transform(dataset.normalization)
+    transform = make_transform(dataset.normalization, dataset.flip)
 
     steps = optimize_masks(noisy, defender.images, defender.labels, config, transform, state)
     batches = ([part.to(runtime.device) for part in batch] for batch in loader)
@@ -177,9 +177,11 @@ def input_aware(phase: int) -> Callable[..., Loops]:
     def prepare(args: argparse.Namespace, dataset: Dataset, network: nn.Module, runtime: Runtime) -> Loops:
         train = dataset.train[attacker_index(draw_permutation(len(dataset.train)))]
         config = TrainConfig(2, args.batch_size, 0.01, milestones=(), precision=runtime.precision)
-        trainer = InputAwareTrainer(network, train, dataset, config, torch.zeros_like, 0.1, 0.1)
-        steps = trainer.train_epoch(TrainState.start(runtime.device, phase))
-        generator = forward_flops(trainer.mask_net.eval(), runtime.device)
+        attack = InputAwareAllToAll()
+        loop = attack.make_loop(network, attack.poison(train), dataset, config)
+        loop.done = phase * loop.batches
+        steps = loop.steps()
+        generator = forward_flops(loop.mask_net.eval(), runtime.device)
         # masks: two images; jointly: a tenth and a tenth of the batch through both generators, one of them trained
         flops = 2 * 3 * generator if phase == 0 else 3 * forward_flops(network, runtime.device) + 0.2 * 4 * generator
         images = args.batches * args.batch_size
@@ -211,7 +213,7 @@ def measure(loops: Loops, rounds: int, device: torch.device) -> tuple[float | No
 def main(argv: list[str] | None = None) -> int:
     """Measure and print; returns the exit status."""
     args = build_parser().parse_args(argv)
-    runtime = prepare_runtime(args.device, args.precision, args.threads)
+    runtime = prepare_runtime(from_flags(RuntimeConfig, args))
     dataset = load_dataset(args.dataset, args.data_dir, runtime.device)
     torch.manual_seed(args.seed)
     fp32, peak = (peak_flops(runtime.device, precision) for precision in (torch.float32, runtime.precision))

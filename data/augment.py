@@ -12,7 +12,9 @@ from data.datasets import Normalization
 CROP_PADDING = 4
 
 
-def random_crop_flip(images: Tensor, generator: torch.Generator, padding: int = CROP_PADDING) -> Tensor:
+def random_crop_flip(
+    images: Tensor, generator: torch.Generator, padding: int = CROP_PADDING, flip: bool = True
+) -> Tensor:
     """Zero-pad, crop back to the old size at a random place, and flip left-right with probability 0.5.
 
     The same as torchvision's ``RandomCrop(size, padding)`` and ``RandomHorizontalFlip()``, for each image of a batch.
@@ -21,6 +23,7 @@ def random_crop_flip(images: Tensor, generator: torch.Generator, padding: int = 
         images: the batch.
         generator: source of the offsets and flips, on the images' device.
         padding: pixels of zeros on each side.
+        flip: whether images may be mirrored; wrong where that changes the class, as for traffic signs.
 
     Shape:
         uint8 (B, H, W, C) -> uint8 (B, H, W, C).
@@ -28,9 +31,11 @@ def random_crop_flip(images: Tensor, generator: torch.Generator, padding: int = 
     count, height, width, channels = images.shape
     device = images.device
     top, left = torch.randint(2 * padding + 1, (2, count, 1), generator=generator, device=device)  # (B, 1) each
-    flip = torch.rand(count, 1, generator=generator, device=device) < 0.5
     columns = torch.arange(width, device=device).expand(count, -1)
-    columns = left + torch.where(flip, width - 1 - columns, columns)  # (B, W)
+    if flip:
+        mirrored = torch.rand(count, 1, generator=generator, device=device) < 0.5  # (B, 1)
+        columns = torch.where(mirrored, width - 1 - columns, columns)
+    columns = left + columns  # (B, W)
     rows = top + torch.arange(height, device=device)  # (B, H)
     padded = F.pad(images, (0, 0, padding, padding, padding, padding))
     base = torch.arange(count, device=device)[:, None, None] * padded.shape[1]
@@ -63,7 +68,8 @@ def random_rotate(images: Tensor, generator: torch.Generator, degrees: float) ->
 @lru_cache(maxsize=8)
 def _constants(normalization: Normalization, device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and std on the 0..255 scale; kept, since copying them to a GPU would make each batch wait."""
-    return tuple(torch.tensor(part, device=device) * 255 for part in (normalization.mean, normalization.std))
+    with torch.inference_mode(False):  # a first call from an evaluation must not leave tensors that training refuses
+        return tuple(torch.tensor(part, device=device) * 255 for part in (normalization.mean, normalization.std))
 
 
 def normalize(images: Tensor, normalization: Normalization) -> Tensor:
@@ -76,10 +82,24 @@ def normalize(images: Tensor, normalization: Normalization) -> Tensor:
     return ((images.float() - mean) / std).permute(0, 3, 1, 2)
 
 
-def make_transform(normalization: Normalization) -> Callable[[Tensor, torch.Generator], Tensor]:
-    """Return the augmentation and normalisation of step 2: uint8 (B, H, W, 3) -> float32 (B, 3, H, W)."""
+def make_transform(
+    normalization: Normalization, flip: bool, padding: int = CROP_PADDING, degrees: float = 0.0
+) -> Callable[[Tensor, torch.Generator], Tensor]:
+    """Return augmentation and normalisation in one: random crop, flip, rotation, then ``normalize``.
+
+    Args:
+        normalization: of the network's input.
+        flip, padding: as for ``random_crop_flip``.
+        degrees: as for ``random_rotate``; 0 leaves rotation out.
+
+    Shape:
+        The function returned maps uint8 (B, H, W, 3) and a generator to float32 (B, 3, H, W).
+    """
 
     def transform(images: Tensor, generator: torch.Generator) -> Tensor:
-        return normalize(random_crop_flip(images, generator), normalization)
+        images = random_crop_flip(images, generator, padding, flip)
+        if degrees:
+            images = random_rotate(images, generator, degrees)
+        return normalize(images, normalization)
 
     return transform

@@ -8,30 +8,34 @@ import torch
 from torch import Tensor
 from torchvision.datasets import CIFAR10
 
-from data.errors import InputError
-from data.synthetic import draw_images
+from data.synthetic import NUM_CLASSES, draw_images
+from utils.config import Config, InputFile, setting
+from utils.errors import InputError
 
 
 @dataclass(frozen=True)
 class ImageSet:
     """Images and labels.
 
-    Shape:
-        images: uint8 (N, H, W, 3), 0..255. labels: int64 (N,).
+    Attributes:
+        images: uint8 (N, H, W, 3), 0..255.
+        labels: int64 (N,), 0..num_classes-1.
+        num_classes: of the dataset they belong to.
     """
 
     images: Tensor
     labels: Tensor
+    num_classes: int
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: Tensor) -> "ImageSet":
-        return ImageSet(self.images[index], self.labels[index])
+        return replace(self, images=self.images[index], labels=self.labels[index])
 
     def to(self, device: torch.device) -> "ImageSet":
         """Move both tensors to a device."""
-        return ImageSet(self.images.to(device), self.labels.to(device))
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
 
 @dataclass(frozen=True)
@@ -44,13 +48,25 @@ class Normalization:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A training and a test set with what a model card has to say about them."""
+    """A training and a test set with what a model card has to say about them.
+
+    Attributes:
+        name: a key of ``DATASETS``.
+        normalization: of the input of networks trained on it.
+        flip: whether a mirrored image keeps its class, so that augmentation may mirror it.
+        train, test: the images.
+    """
 
     name: str
-    num_classes: int
     normalization: Normalization
+    flip: bool
     train: ImageSet
     test: ImageSet
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return self.train.num_classes
 
 
 # The std of the ANP release (kuangliu's); many toolkits use (0.247, 0.243, 0.261) instead.
@@ -59,9 +75,9 @@ SYNTHETIC_NORMALIZATION = Normalization((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 SYNTHETIC_SIZES = {"train": 10_000, "test": 2_000}
 
 
-def _read_cifar10(root: Path, train: bool) -> ImageSet:
-    part = CIFAR10(root, train=train)
-    return ImageSet(torch.from_numpy(part.data), torch.tensor(part.targets))
+def _read_cifar10(root: Path) -> tuple[ImageSet, ImageSet]:
+    parts = (CIFAR10(root, train=train) for train in (True, False))
+    return tuple(ImageSet(torch.from_numpy(part.data), torch.tensor(part.targets), 10) for part in parts)
 
 
 def load_cifar10(root: str | Path) -> Dataset:
@@ -75,11 +91,11 @@ def load_cifar10(root: str | Path) -> Dataset:
     """
     root = Path(root)
     try:
-        CIFAR10(root)
+        train, test = _read_cifar10(root)
     except RuntimeError:
         _download_cifar10(root)
-    train, test = (_read_cifar10(root, train) for train in (True, False))
-    return Dataset("cifar10", 10, CIFAR10_NORMALIZATION, train, test)
+        train, test = _read_cifar10(root)
+    return Dataset("cifar10", CIFAR10_NORMALIZATION, True, train, test)
 
 
 def _download_cifar10(root: Path) -> None:
@@ -100,11 +116,31 @@ def load_synthetic(root: str | Path | None = None) -> Dataset:
     Args:
         root: not used; the set is drawn, not read.
     """
-    train, test = (ImageSet(*draw_images(size, part)) for part, size in SYNTHETIC_SIZES.items())
-    return Dataset("synthetic", 10, SYNTHETIC_NORMALIZATION, train, test)
+    train, test = (ImageSet(*draw_images(size, part), NUM_CLASSES) for part, size in SYNTHETIC_SIZES.items())
+    return Dataset("synthetic", SYNTHETIC_NORMALIZATION, True, train, test)
 
 
 DATASETS = {"cifar10": load_cifar10, "synthetic": load_synthetic}
+
+
+@dataclass(frozen=True)
+class DataConfig(Config):
+    """Which images, and where they lie."""
+
+    dataset: str = setting("cifar10", "cifar10, or synthetic: drawn, nothing to download", choices=DATASETS)
+
+
+@dataclass(frozen=True)
+class SourceConfig(Config):
+    """Where a run finds the images and the split; a model card does not decide this."""
+
+    data_dir: str = setting("../data", "folder that holds cifar-10-batches-py", metavar="DIR")
+    split_file: InputFile | None = setting(
+        None,
+        "a permutation of the training images, one index a line, such as the release's; needed for its published "
+        "checkpoints (default: this project's own)",
+        metavar="FILE",
+    )
 
 
 def load_dataset(name: str, root: str | Path, device: torch.device | str = "cpu") -> Dataset:
@@ -116,7 +152,9 @@ def load_dataset(name: str, root: str | Path, device: torch.device | str = "cpu"
         device: where the images are kept.
 
     Raises:
-        InputError: the files are missing or damaged.
+        InputError: the name is unknown, or the files are missing or damaged.
     """
+    if name not in DATASETS:
+        raise InputError(f"unknown dataset {name!r}; known are {', '.join(DATASETS)}")
     dataset = DATASETS[name](root)
     return replace(dataset, train=dataset.train.to(device), test=dataset.test.to(device))

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.errors import InputError
-from data.seeding import seeded_generator
+from utils.errors import InputError
+from utils.seeding import seeded_generator
 
 SPLIT_SEED = 0  # the same for every run, so that runs of different --seed share one split
 HELD_OUT = 0.1  # share of the training images that step 1 never trains on

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.seeding import seeded_generator
+from utils.seeding import seeded_generator
 
 SIZE = 32
 NUM_CLASSES = 10

@@ -1,14 +1,15 @@
 """Triggers and the one formula that stamps them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from data.datasets import ImageSet
-from data.errors import InputError
+from utils.errors import InputError
 
 MODES = ("blend", "add")
+CHUNK = 1000  # images stamped at once: float64 copies of a whole test set would take gigabytes
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,7 @@ class Trigger:
         pattern: (N, H, W, C or 1); uint8, 0..255, or float32, -255..255, where it is added.
         mask: floating (N, H, W, 1), 0..1; where the pattern goes.
         alpha: opacity of the pattern under the mask, 0..1; 1 is fully opaque. Scales a pattern that is added.
-        target: int64 (1,) or (N,); the attacker's class.
-        data_index: int64; the training images that were poisoned.
+        target: int64 (1,) or (N,), the attacker's class; None for the class after an image's own (all-to-all).
         mode: ``blend`` moves pixels towards the pattern, ``add`` adds it to them.
 
     N is 1, or one entry for each test image; patterns and targets may differ in this.
@@ -29,8 +29,7 @@ class Trigger:
     pattern: Tensor
     mask: Tensor
     alpha: float
-    target: Tensor
-    data_index: Tensor
+    target: Tensor | None
     mode: str = "blend"
 
     def stamp(self, images: Tensor, index: Tensor | None = None) -> Tensor:
@@ -46,16 +45,26 @@ class Trigger:
             uint8 (B, H, W, C) -> uint8 (B, H, W, C), 0..255.
         """
         chunks = []
-        for start in range(0, len(images), 1000):  # float64 copies of the whole test set would take gigabytes
-            part = slice(start, start + 1000)
+        for start in range(0, len(images), CHUNK):
+            part = slice(start, start + CHUNK)
             entries = slice(None) if len(self.pattern) == 1 else index[part].cpu()
-            pattern = self.pattern[entries].to(images.device, torch.float64)
-            mask = self.mask[entries].to(images.device, torch.float64)
-            clean = images[part].double()
+            # to the device first: on the way there float64 would cost eight times the bytes
+            pattern = self.pattern[entries].to(images.device).double()  # (1 or B, H, W, C or 1)
+            mask = self.mask[entries].to(images.device).double()  # (1 or B, H, W, 1)
+            clean = images[part].double()  # (B, H, W, C)
             kept = clean if self.mode == "add" else (1 - self.alpha) * clean
             stamped = (1 - mask) * clean + mask * (kept + self.alpha * pattern)
             chunks.append(stamped.clamp(0, 255).to(torch.uint8))
         return torch.cat(chunks) if chunks else images.clone()
+
+    def aimed_at(self, images: ImageSet) -> "Trigger":
+        """Return the trigger with the target of each image where it has none of its own (all-to-all)."""
+        return self if self.target is not None else replace(self, target=next_class(images).cpu())
+
+
+def next_class(images: ImageSet) -> Tensor:
+    """Return the all-to-all target of each image, (y + 1) mod classes (Gu et al. 2017): int64 (N,)."""
+    return (images.labels + 1) % images.num_classes
 
 
 def triggered_test_set(clean_test: ImageSet, trigger: Trigger) -> ImageSet:
@@ -64,6 +73,7 @@ def triggered_test_set(clean_test: ImageSet, trigger: Trigger) -> ImageSet:
     Raises:
         InputError: the trigger has entries for another number of images, or of another size.
     """
+    trigger = trigger.aimed_at(clean_test)
     count, height, width, channels = clean_test.images.shape
     for entries in (len(trigger.pattern), len(trigger.target)):
         if entries not in (1, count):
@@ -73,4 +83,5 @@ def triggered_test_set(clean_test: ImageSet, trigger: Trigger) -> ImageSet:
         raise InputError(f"the trigger is {found}, but the images are {height}x{width}x{channels}")
     target = trigger.target.to(clean_test.labels.device).expand(count)
     index = torch.nonzero(clean_test.labels != target).flatten()
-    return ImageSet(trigger.stamp(clean_test.images[index], index), target[index].clone())
+    stamped = trigger.stamp(clean_test.images[index], index)
+    return replace(clean_test, images=stamped, labels=target[index].clone())

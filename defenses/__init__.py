@@ -1,7 +1,7 @@
-"""Adversarial Neuron Pruning, callable from Python on any network; no files, no printing."""
+"""Adversarial Neuron Pruning, callable from Python on any network; no files, no printing, no trigger, no test set."""
 
-from defenses.anp import AnpConfig, AnpState, AnpStep, optimize_masks
-from defenses.pruning import Neuron, mask_values, neurons_up_to, prune_neurons
+from defenses.anp import AnpConfig, AnpState, AnpStep, optimize_masks, score
+from models.neurons import Neuron, mask_values, neurons_up_to, prune_neurons
 
 __all__ = [
     "AnpConfig",
@@ -12,4 +12,5 @@ __all__ = [
     "neurons_up_to",
     "optimize_masks",
     "prune_neurons",
+    "score",
 ]

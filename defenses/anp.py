@@ -10,63 +10,70 @@ w and b are the scales and shifts of the BatchNorms. m, d and x are vectors over
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.seeding import seeded_generator
-from defenses.cuda_graph import replayed
-from models.noisy_batchnorm import NoisyBatchNorm, noisy_layers
+from data.augment import make_transform
+from engine.cuda_graph import replayed
+from engine.drive import Means
+from engine.runtime import autocast
+from formats.subject import Subject
+from models.neurons import Neuron, mask_values, neurons_up_to
+from models.noisy_batchnorm import NoisyBatchNorm, convert_noisy_batchnorm, noisy_layers
+from utils.config import Config, Range, checked, setting
+from utils.seeding import seeded_generator
 
 Transform = Callable[[Tensor, torch.Generator], Tensor]
+COLUMNS = {
+    "iteration": "9d",
+    "loss": "8.4f",
+    "natural loss": "8.4f",
+    "perturbed loss": "8.4f",
+    "batch acc %": "8.2f",
+    "C-Acc %": "7.2f",
+    "ASR %": "7.2f",
+    "masks <= 0.2": "6d",
+    "seconds": "8.0f",
+}
 
 
 @dataclass(frozen=True)
-class AnpConfig:
+class AnpConfig(Config):
     """Settings of the mask optimisation; the defaults are the paper's.
 
     Attributes:
-        eps: size of the perturbation relative to the weights, at least 0; 0 leaves the natural loss alone.
-        steps: ascent steps of the perturbation, at least 1.
-        alpha: weight of the natural loss, 0..1.
-        lr: learning rate of the masks, above 0.
-        momentum: of the masks' SGD, 0 or more and below 1.
-        iterations: number of mask updates, at least 1.
-        batch_size: images in a batch, at least 2, drawn with replacement.
-        project: keep the perturbation inside the eps-ball as the paper writes it; the release, from which the
-            published numbers come, lets it reach 2 * eps.
-        seed: decides batches, augmentation and the perturbation's start.
+        momentum: of the masks' SGD.
         precision: data type of convolutions and linear layers, float32 or bfloat16; masks stay float32.
+
+    The other attributes are described where they are declared.
 
     Raises:
         ValueError: a value is out of its range.
     """
 
-    eps: float = 0.4
-    steps: int = 1
-    alpha: float = 0.2
-    lr: float = 0.2
-    momentum: float = 0.9
-    iterations: int = 2000
-    batch_size: int = 128
-    project: bool = False
-    seed: int = 0
+    lr: float = setting(0.2, "learning rate of the masks", Range(0, open_low=True))
+    iterations: int = setting(2000, "mask updates", Range(1), flag="--nb-iter")
+    batch_size: int = setting(128, "images in a batch, drawn with replacement", Range(2, 100_000))
+    eps: float = setting(
+        0.4,
+        "size of the perturbation relative to the weights; at 0 the natural loss counts alone",
+        Range(0),
+        flag="--anp-eps",
+    )
+    steps: int = setting(1, "ascent steps of the perturbation", Range(1), flag="--anp-steps")
+    alpha: float = setting(0.2, "weight of the natural loss", Range(0, 1), flag="--anp-alpha")
+    project: bool = setting(
+        False,
+        "keep the perturbation inside the eps-ball, as the paper writes it; the published numbers come from letting "
+        "it reach 2 * eps",
+        flag="--anp-project",
+    )
+    seed: int = setting(0, "decides batches, augmentation and the perturbation's start", Range(0))
+    momentum: float = checked(0.9, Range(0, 1, open_high=True))
     precision: torch.dtype = torch.float32
-
-    def __post_init__(self):
-        ranges = {
-            "eps": self.eps >= 0,
-            "steps": self.steps >= 1,
-            "alpha": 0 <= self.alpha <= 1,
-            "lr": self.lr > 0,
-            "momentum": 0 <= self.momentum < 1,
-            "iterations": self.iterations >= 1,
-            "batch_size": self.batch_size >= 2,
-        }
-        for name, in_range in ranges.items():
-            if not in_range:
-                raise ValueError(f"AnpConfig.{name} = {getattr(self, name)} is out of range")
 
 
 @dataclass
@@ -107,22 +114,25 @@ class AnpStep:
 
 
 def _assign(layers: list[NoisyBatchNorm], mask: Tensor, noise: tuple[Tensor, Tensor] | None = None) -> None:
-    """Hand every layer its part of the vectors m and (d, x)."""
+    """Let every layer see its part of the vectors m and (d, x), all (n,); nothing is copied."""
     sizes = [layer.num_features for layer in layers]
     for layer, part in zip(layers, mask.split(sizes), strict=True):
-        layer.mask, layer.perturbed = part, noise is not None
+        layer.mask, layer.perturbed = part, noise is not None  # (C,)
     if noise is not None:
         for layer, d, x in zip(layers, noise[0].split(sizes), noise[1].split(sizes), strict=True):
-            layer.weight_noise, layer.bias_noise = d, x
+            layer.weight_noise, layer.bias_noise = d, x  # (C,) each
 
 
-def set_masks(network: nn.Module, mask: Tensor) -> None:
-    """Copy a vector of all masks, float32 (n,), into the layers of a converted network."""
-    _assign(list(noisy_layers(network).values()), mask.clone())
+def show_masks(network: nn.Module, state: AnpState) -> None:
+    """Make the layers of a converted network look at the masks of ``state``; they follow it from then on."""
+    _assign(list(noisy_layers(network).values()), state.mask)
 
 
 def _ascend(loss_of: Callable, mask: Tensor, noise: tuple[Tensor, Tensor], config: AnpConfig) -> tuple[Tensor, Tensor]:
-    """Equation 4: sign-gradient ascent of the perturbed loss from a random start."""
+    """Equation 4: sign-gradient ascent of the perturbed loss from a random start, d and x (n,) each.
+
+    d <- d + eps/steps * sign(dCE/dd), x likewise. Starting inside the eps-ball, it may end as far as 2 * eps away.
+    """
     for _ in range(config.steps):
         noise = tuple(part.detach().requires_grad_() for part in noise)
         loss, _ = loss_of(mask, noise)
@@ -136,20 +146,24 @@ def _ascend(loss_of: Callable, mask: Tensor, noise: tuple[Tensor, Tensor], confi
 def _iterate(network: nn.Module, config: AnpConfig, state: AnpState, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """One iteration of algorithm 1: update ``state.mask`` and ``state.momentum`` in place, without a host sync.
 
-    ``batch`` holds images (B, ...), labels (B,) and the start of the perturbation, d and x, (n,) each.
+    ``batch`` holds images (B, ...), labels (B,) and the start of the perturbation, d and x, (n,) each. Returns loss,
+    natural loss, perturbed loss and accuracy, 0-dimensional.
     """
     images, labels, *noise = batch
     layers = list(noisy_layers(network).values())
 
     def loss_of(mask, noise=None):
         _assign(layers, mask, noise)
-        with torch.autocast(images.device.type, config.precision, config.precision != torch.float32):
-            logits = network(images).float()
+        with autocast(images.device, config.precision):
+            logits = network(images).float()  # (B, classes)
         return F.cross_entropy(logits, labels), logits
 
+    # The inner maximum: the noise at which the masked network is worst (equation 4). Masks do not move here.
     if config.eps > 0:
         noise = _ascend(loss_of, state.mask, tuple(noise), config)
-    mask = state.mask.detach().requires_grad_()
+    # The outer minimum: alpha * CE(m*w, b) + (1-alpha) * CE((m+d)*w, (1+x)*b) (equation 3). Only masks have a
+    # gradient; two backward passes, one after the other, need half the memory of one through the sum.
+    mask = state.mask.detach().requires_grad_()  # (n,)
     natural_loss, logits = loss_of(mask)
     (gradient,) = torch.autograd.grad(natural_loss, mask)
     loss = perturbed_loss = natural_loss.detach()
@@ -158,6 +172,7 @@ def _iterate(network: nn.Module, config: AnpConfig, state: AnpState, batch: tupl
         (perturbed_gradient,) = torch.autograd.grad(perturbed_loss, mask)
         gradient = config.alpha * gradient + (1 - config.alpha) * perturbed_gradient
         loss = config.alpha * loss + (1 - config.alpha) * perturbed_loss.detach()
+    # SGD with momentum, then back into [0, 1]^n
     with torch.no_grad():
         state.momentum.mul_(config.momentum).add_(gradient)
         state.mask.sub_(config.lr * state.momentum).clamp_(0, 1)
@@ -166,16 +181,22 @@ def _iterate(network: nn.Module, config: AnpConfig, state: AnpState, batch: tupl
 
 
 def draw_batch(
-    images: Tensor, labels: Tensor, state: AnpState, config: AnpConfig, transform: Transform | None
+    images: Tensor, labels: Tensor, neurons: int, config: AnpConfig, iteration: int, transform: Transform | None = None
 ) -> tuple[Tensor, ...]:
-    """Draw what one iteration needs: images (B, ...), labels (B,), and the perturbation's start d and x, (n,) each.
+    """Draw what one iteration needs; it depends on ``config.seed`` and ``iteration`` alone.
 
-    It depends on ``config.seed`` and ``state.iteration`` alone. Arguments as for ``optimize_masks``.
+    Args:
+        images, labels, config, transform: as for ``optimize_masks``.
+        neurons: their number n.
+        iteration: updates made before.
+
+    Returns:
+        Images (B, ...), labels (B,), and the start of the perturbation, d and x, uniform in -eps..eps, (n,) each.
     """
-    generator = seeded_generator(config.seed, "mask iteration", state.iteration, device=images.device)
+    generator = seeded_generator(config.seed, "mask iteration", iteration, device=images.device)
     index = torch.randint(len(labels), (config.batch_size,), generator=generator, device=images.device)
     batch = images[index] if transform is None else transform(images[index], generator)
-    noise = torch.rand(2, len(state.mask), generator=generator, device=images.device)
+    noise = torch.rand(2, neurons, generator=generator, device=images.device)  # 0..1
     return batch, labels[index], *(config.eps * (2 * noise - 1))
 
 
@@ -218,16 +239,17 @@ def optimize_masks(
     state = AnpState.start(network) if state is None else state
     layers = list(noisy_layers(network).values())
     network.requires_grad_(False).eval()
-    set_masks(network, state.mask)
+    show_masks(network, state)
     iterate = None
     while state.iteration < config.iterations:
-        batch = draw_batch(images, labels, state, config, transform)
+        batch = draw_batch(images, labels, len(state.mask), config, state.iteration, transform)
         for layer in layers:
             layer.train()
-        iterate = iterate or replayed(lambda batch: _iterate(network, config, state, batch), state, batch)
+        changed = state.mask, state.momentum
+        iterate = iterate or replayed(lambda batch: _iterate(network, config, state, batch), changed, batch)
         values = iterate(batch)
         network.eval()
-        set_masks(network, state.mask)
+        show_masks(network, state)
         state.iteration += 1
         yield AnpStep(state.iteration, *values)
 
@@ -244,3 +266,99 @@ def apply_masks(network: nn.Module, noisy: nn.Module) -> nn.Module:
         for name, layer in noisy_layers(noisy).items():
             masked.get_submodule(name).weight.mul_(layer.mask)
     return masked
+
+
+class MaskLoop:
+    """The mask optimisation as something that ``engine.drive.drive`` drives.
+
+    Args:
+        subject: the defender's view.
+        config: the settings.
+        row_every: iterations between two rows of the log.
+
+    Attributes:
+        noisy: the converted network; its layers show the masks learnt so far.
+        state: where the optimisation stands.
+
+    Raises:
+        ValueError: the network has no neuron to mask.
+    """
+
+    title, unit = "masks", "iteration"
+    columns = COLUMNS
+
+    def __init__(self, subject: Subject, config: AnpConfig, row_every: int = 500):
+        self.subject, self.config, self.row_every = subject, config, row_every
+        self.transform = make_transform(subject.normalization, subject.flip)
+        self.noisy = convert_noisy_batchnorm(subject.network)
+        self.state = AnpState.start(self.noisy)
+        self.means = Means(4, self.state.mask.device)  # loss, natural loss, perturbed loss, accuracy
+        self.total = config.iterations
+
+    @property
+    def done(self) -> int:
+        """Updates made so far."""
+        return self.state.iteration
+
+    def steps(self) -> Iterator[AnpStep]:
+        """See ``engine.drive.Loop``."""
+        clean = self.subject.clean
+        for step in optimize_masks(self.noisy, clean.images, clean.labels, self.config, self.transform, self.state):
+            self.means.add(step.loss, step.natural_loss, step.perturbed_loss, step.accuracy)
+            yield step
+
+    def due(self) -> bool:
+        """A row belongs at the beginning, after every ``row_every`` iterations, and at the end."""
+        return self.done % self.row_every == 0 or self.done == self.total
+
+    def row(self) -> dict[str, Any]:
+        """Return the means since the last row and how many neurons would be pruned at 0.2."""
+        loss, natural_loss, perturbed_loss, accuracy = self.means.take()
+        return {
+            "iteration": self.done,
+            "loss": loss,
+            "natural loss": natural_loss,
+            "perturbed loss": perturbed_loss,
+            "batch acc %": accuracy and 100 * accuracy,
+            "masks <= 0.2": len(neurons_up_to(self.neurons(), 0.2)),
+        }
+
+    def neurons(self) -> list[Neuron]:
+        """Return every neuron with its mask."""
+        return mask_values(self.noisy)
+
+    def masked(self) -> nn.Module:
+        """Return the network with its masks multiplied in."""
+        return apply_masks(self.subject.network, self.noisy)
+
+    def state_dict(self) -> dict[str, Any]:
+        """See ``engine.drive.Loop``."""
+        state = {"iteration": self.done, "mask": self.state.mask, "momentum": self.state.momentum}
+        return {**state, "means": self.means.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See ``engine.drive.Loop``."""
+        self.state.iteration = state["iteration"]
+        self.state.mask.copy_(state["mask"])
+        self.state.momentum.copy_(state["momentum"])
+        self.means.load_state_dict(state["means"])
+        show_masks(self.noisy, self.state)
+
+
+def score(subject: Subject, config: AnpConfig | None = None) -> list[Neuron]:
+    """Learn the mask of every neuron; small masks belong to the backdoor.
+
+    Args:
+        subject: the defender's view.
+        config: the settings; None for the paper's.
+
+    Returns:
+        The neurons in state_dict order.
+
+    Raises:
+        ValueError: the network has no neuron to mask.
+    """
+    loop = MaskLoop(subject, config or AnpConfig())
+    for _ in loop.steps():
+        pass
+    return loop.neurons()

@@ -1,103 +1,76 @@
-"""Prune the neurons whose mask came out small (Wu & Wang, NeurIPS 2021, section 4.3)."""
+"""Which neurons to prune: sweeps over a sorted list, and the operating point (Wu & Wang, NeurIPS 2021, section 4.3)."""
 
-import copy
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Generic, NamedTuple, TypeVar
 
-import torch
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from models.neurons import Neuron, PruningPoint, threshold_point
+from utils.config import Config, Range, setting
 
-from models.noisy_batchnorm import noisy_layers
-
-Metrics = TypeVar("Metrics")
-
-
-class Neuron(NamedTuple):
-    """One BatchNorm channel: module path of the layer, channel, mask in 0..1."""
-
-    layer: str
-    index: int
-    mask: float
-
-
-class PruningPoint(NamedTuple):
-    """One row of a sweep to come: prune the first ``count`` neurons of the sorted list.
-
-    ``last`` is the last of them (None if there is none); ``value`` the threshold, or that neuron's mask.
-    """
-
-    count: int
-    last: Neuron | None
-    value: float | None
+PAPER_THRESHOLD = 0.2  # the operating point of the paper
+LAST_THRESHOLD, THRESHOLD_STEP = 0.9, 0.05
+SWEEP_SHARES = 80  # a sweep by number takes steps of 1/80 of the neurons, 1.25 %, as in the release's figure
 
 
 @dataclass(frozen=True)
-class SweepRow(Generic[Metrics]):
-    """A point of the sweep and what the pruned network measured there."""
+class SweepConfig(Config):
+    """The points of a sweep."""
 
-    point: PruningPoint
-    metrics: Metrics
+    pruning_by: str = setting("threshold", "what the sweep counts in", choices=("threshold", "number"))
+    pruning_max: float | None = setting(
+        None,
+        "last point of the sweep: a threshold, 0 to 1, or a number of neurons "
+        f"(default: {LAST_THRESHOLD:.2f}, or all neurons)",
+        Range(0),
+    )
+    pruning_step: float | None = setting(
+        None,
+        f"distance of two points (default: {THRESHOLD_STEP}, or 1/{SWEEP_SHARES} of the neurons)",
+        Range(0, open_low=True),
+    )
 
+    def __post_init__(self):
+        super().__post_init__()
+        limits = {"pruning_max": self.pruning_max, "pruning_step": self.pruning_step}
+        given = {"--" + name.replace("_", "-"): value for name, value in limits.items() if value is not None}
+        for flag, value in given.items():
+            if self.pruning_by == "number" and not (value >= 1 and value == int(value)):
+                raise ValueError(f"{flag} {value:g}: --pruning-by number counts in whole neurons, 1 or more")
+        if self.pruning_by == "threshold" and given.get("--pruning-max", 0) > 1:
+            raise ValueError(
+                f"--pruning-max {self.pruning_max:g}: masks lie in 0..1 (a number of neurons needs --pruning-by number)"
+            )
+        if self.pruning_by == "threshold" and given.get("--pruning-step", 1) < 1e-4:
+            raise ValueError(
+                f"--pruning-step {self.pruning_step:g}: masks have 4 decimals, a smaller step shows nothing new"
+            )
 
-def mask_values(network: nn.Module) -> list[Neuron]:
-    """Return every neuron of a converted network with its mask, in state_dict order."""
-    return [
-        Neuron(name, index, value)
-        for name, layer in noisy_layers(network).items()
-        for index, value in enumerate(layer.mask.tolist())
-    ]
-
-
-def sort_neurons(neurons: Iterable[Neuron]) -> list[Neuron]:
-    """Sort by mask, smallest first; ties keep their order."""
-    return sorted(neurons, key=lambda neuron: neuron.mask)
-
-
-def neurons_up_to(neurons: Iterable[Neuron], threshold: float) -> list[Neuron]:
-    """Return the neurons with mask <= threshold, smallest mask first."""
-    return [neuron for neuron in sort_neurons(neurons) if neuron.mask <= threshold]
-
-
-def check_neurons(network: nn.Module, neurons: Iterable[Neuron]) -> None:
-    """Make sure that every neuron is an affine BatchNorm channel of the network.
-
-    Raises:
-        ValueError: a layer is missing, is no affine BatchNorm, or has fewer channels.
-    """
-    layers = dict(network.named_modules())
-    for neuron in neurons:
-        layer = layers.get(neuron.layer)
-        if not isinstance(layer, _BatchNorm) or layer.weight is None:
-            raise ValueError(f"the network has no affine BatchNorm {neuron.layer!r}")
-        if not 0 <= neuron.index < layer.num_features:
-            raise ValueError(f"{neuron.layer} has {layer.num_features} channels, there is no channel {neuron.index}")
-
-
-def prune_neurons(network: nn.Module, neurons: Iterable[Neuron]) -> None:
-    """Prune in place: set the BatchNorm scale of each neuron to 0, so that its channel becomes its constant shift.
-
-    Raises:
-        ValueError: a neuron is not in the network; nothing is pruned then.
-    """
-    neurons = list(neurons)
-    check_neurons(network, neurons)
-    channels = defaultdict(list)
-    for layer, index, _ in neurons:
-        channels[layer].append(index)
-    with torch.no_grad():
-        for layer, indices in channels.items():
-            network.get_submodule(layer).weight[indices] = 0
+    def points(self, neurons: list[Neuron]) -> list[PruningPoint]:
+        """Return the points for neurons that are sorted by mask."""
+        maximum, step = self.pruning_max, self.pruning_step
+        if self.pruning_by == "threshold":
+            return threshold_points(neurons, LAST_THRESHOLD if maximum is None else maximum, step or THRESHOLD_STEP)
+        return number_points(
+            neurons, len(neurons) if maximum is None else maximum, step or max(1, len(neurons) // SWEEP_SHARES)
+        )
 
 
-def pruned_copy(network: nn.Module, neurons: Iterable[Neuron]) -> nn.Module:
-    """Return a copy of the network without these neurons; raises as ``prune_neurons``."""
-    pruned = copy.deepcopy(network)
-    prune_neurons(pruned, neurons)
-    return pruned
+@dataclass(frozen=True)
+class ChoiceConfig(Config):
+    """How the operating point is chosen, from clean data alone."""
+
+    threshold: float | None = setting(
+        None,
+        f"operating point: prune every neuron with mask <= X (default: the paper's {PAPER_THRESHOLD})",
+        Range(0, 1),
+    )
+    max_acc_drop: float | None = setting(
+        None,
+        "operating point: the last of the sweep that costs at most this many percentage points of accuracy on the "
+        "defender's clean images",
+        Range(0, 100),
+        metavar="POINTS",
+    )
 
 
 def _steps(maximum: float, step: float) -> Iterator[Decimal]:
@@ -123,12 +96,6 @@ def threshold_points(neurons: list[Neuron], maximum: float, step: float) -> list
     return [threshold_point(neurons, threshold) for threshold in map(float, _steps(maximum, step))]
 
 
-def threshold_point(neurons: list[Neuron], threshold: float) -> PruningPoint:
-    """Return the point that prunes every neuron with mask <= threshold; ``neurons`` are sorted by mask."""
-    count = sum(neuron.mask <= threshold for neuron in neurons)
-    return PruningPoint(count, neurons[count - 1] if count else None, threshold)
-
-
 def number_points(neurons: list[Neuron], maximum: float, step: float) -> list[PruningPoint]:
     """Plan a sweep that prunes step, 2 * step, ... neurons, never past ``maximum`` or the end of the list.
 
@@ -141,50 +108,51 @@ def number_points(neurons: list[Neuron], maximum: float, step: float) -> list[Pr
         ValueError: a number is out of range.
     """
     counts = [int(count) for count in _steps(min(maximum, len(neurons)), step)][1:]
-    return [PruningPoint(count, neurons[count - 1], neurons[count - 1].mask) for count in counts]
+    return [PruningPoint(count, neurons[count - 1], None) for count in counts]
 
 
-def sweep(
-    network: nn.Module,
-    neurons: list[Neuron],
-    points: Iterable[PruningPoint],
-    evaluate: Callable[[nn.Module], Metrics],
-) -> Iterator[SweepRow[Metrics]]:
-    """Evaluate the network as it came, then pruned at every point.
+@dataclass(frozen=True)
+class Choice:
+    """An operating point, what it prunes in words, and why it was chosen."""
 
-    Points that prune no further neuron repeat the row before without evaluating again.
-
-    Args:
-        network: the untouched network; it is not changed.
-        neurons: sorted by mask.
-        points: the plan, with rising counts.
-        evaluate: measures a network; called on a copy in eval mode.
-
-    Yields:
-        One row for the untouched network, then one for each point.
-
-    Raises:
-        ValueError: a neuron is not in the network.
-    """
-    pruned, count = copy.deepcopy(network).eval(), 0
-    metrics = evaluate(pruned)
-    yield SweepRow(PruningPoint(0, None, None), metrics)
-    for point in points:
-        if point.count > count:
-            prune_neurons(pruned, neurons[count : point.count])
-            count, metrics = point.count, evaluate(pruned)
-        yield SweepRow(point, metrics)
+    point: PruningPoint
+    words: str
+    reason: str
 
 
-def largest_within_drop(
-    rows: list[SweepRow[Metrics]], accuracy: Callable[[Metrics], float], max_drop: float
-) -> SweepRow[Metrics]:
-    """Choose the operating point from clean data: the last row that costs at most ``max_drop`` of accuracy.
+def largest_within_drop(accuracies: list[float], max_drop: float) -> int:
+    """Return the number of the last row that costs at most ``max_drop`` of accuracy.
 
     Args:
-        rows: a sweep; the first row is the untouched network.
-        accuracy: reads the accuracy on the *defender's* images, 0..1, from a row's metrics.
+        accuracies: on the defender's clean images, 0..1; the first row is the untouched network.
         max_drop: the largest accepted drop, 0..1.
     """
-    floor = accuracy(rows[0].metrics) - max_drop
-    return [row for row in rows if accuracy(row.metrics) >= floor - 1e-9][-1]
+    floor = accuracies[0] - max_drop - 1e-9
+    return max(number for number, accuracy in enumerate(accuracies) if accuracy >= floor)
+
+
+def choose(neurons: list[Neuron], points: list[PruningPoint], accuracies: list[float], config: ChoiceConfig) -> Choice:
+    """Choose the operating point from clean data alone.
+
+    Args:
+        neurons: sorted by mask.
+        points: of a sweep, the untouched network first.
+        accuracies: of each point on the defender's clean images, 0..1.
+        config: a fixed threshold, or the largest accepted drop.
+    """
+    if config.max_acc_drop is not None:
+        point = points[largest_within_drop(accuracies, config.max_acc_drop / 100)]
+        drop = f"{config.max_acc_drop:g} point{'' if config.max_acc_drop == 1 else 's'}"
+        reason = f"the last point of the sweep that costs at most {drop} of accuracy on the defender's clean images"
+        return Choice(point, _in_words(point), reason)
+    point = threshold_point(neurons, PAPER_THRESHOLD if config.threshold is None else config.threshold)
+    reason = "the paper's fixed threshold" if config.threshold is None else "--threshold"
+    return Choice(point, _in_words(point), reason)
+
+
+def _in_words(point: PruningPoint) -> str:
+    if point.mask is None:
+        return "prune nothing"
+    if point.threshold is None:
+        return f"prune the {point.count} neurons of smallest mask, up to {point.mask:g}"
+    return f"prune every neuron with mask <= {point.threshold:g}"

@@ -40,7 +40,7 @@ class MobileNetV2(nn.Module):
     """Seventeen inverted residual blocks; arguments as in ``models.build_model``.
 
     Shape:
-        float (B, 3, 32, 32), normalised -> float logits (B, num_classes).
+        float (B, 3, H, W), normalised -> float logits (B, num_classes).
     """
 
     def __init__(self, num_classes: int = 10, widen_factor: float = 1.0):
@@ -64,5 +64,5 @@ class MobileNetV2(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
         out = self.layers(out)
-        out = F.relu(self.bn2(self.conv2(out)), inplace=True)  # (B, C, 4, 4)
-        return self.linear(F.avg_pool2d(out, 4).flatten(1))
+        out = F.relu(self.bn2(self.conv2(out)), inplace=True)  # (B, C, H/8, W/8)
+        return self.linear(F.avg_pool2d(out, out.shape[2:]).flatten(1))

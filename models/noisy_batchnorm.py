@@ -31,18 +31,15 @@ class NoisyBatchNorm(_BatchNorm):
     """
 
     def __init__(self, norm: _BatchNorm):
-        """Take over the tensors of an affine BatchNorm; they are shared with it, not copied."""
-        super().__init__(norm.num_features, norm.eps, norm.momentum, affine=False, track_running_stats=False)
-        self.weight, self.bias = norm.weight, norm.bias
-        self.track_running_stats = norm.track_running_stats
-        self.running_mean, self.running_var = norm.running_mean, norm.running_var
-        self.num_batches_tracked = norm.num_batches_tracked
+        """Take over all of an affine BatchNorm: tensors are shared with it, not copied, and hooks stay hooks."""
+        nn.Module.__init__(self)
+        for name, value in vars(norm).items():
+            vars(self)[name] = value.copy() if isinstance(value, (dict, set)) else value
         ones = torch.ones_like(norm.weight, dtype=torch.float32, requires_grad=False)
         self.register_buffer("mask", ones, persistent=False)
         self.register_buffer("weight_noise", torch.zeros_like(ones), persistent=False)
         self.register_buffer("bias_noise", torch.zeros_like(ones), persistent=False)
         self.perturbed = False
-        self.train(norm.training)
 
     def _check_input_dim(self, x: Tensor) -> None:
         if x.dim() < 2:

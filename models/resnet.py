@@ -1,6 +1,6 @@
 """ResNets for 32x32 images (He et al., CVPR 2016, section 4.2 input size with the ImageNet stage layout).
 
-3x3 stem, no max-pool, four stages, average pool over the last 4x4 map. Parameter names are those of the
+3x3 stem, no max-pool, four stages, average pool over the last map (4x4). Parameter names are those of the
 ANP release, so its checkpoints load unchanged.
 """
 
@@ -67,7 +67,7 @@ class ResNet(nn.Module):
     """Four stages of residual blocks.
 
     Shape:
-        float (B, 3, 32, 32), normalised -> float logits (B, num_classes).
+        float (B, 3, H, W), normalised -> float logits (B, num_classes).
     """
 
     def __init__(self, block: type[nn.Module], depths: list[int], num_classes: int, widen_factor: float):
@@ -86,10 +86,10 @@ class ResNet(nn.Module):
         self.linear = nn.Linear(in_channels, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)), inplace=True)  # (B, C, 32, 32)
-        out = self.layer2(self.layer1(out))  # (B, 2C, 16, 16)
-        out = self.layer4(self.layer3(out))  # (B, 8C, 4, 4)
-        return self.linear(F.avg_pool2d(out, 4).flatten(1))
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)  # (B, C, H, W)
+        out = self.layer2(self.layer1(out))  # (B, 2C, H/2, W/2)
+        out = self.layer4(self.layer3(out))  # (B, 8C, H/8, W/8)
+        return self.linear(F.avg_pool2d(out, out.shape[2:]).flatten(1))
 
 
 def _builder(name: str, block: type[nn.Module], depths: list[int]) -> Callable[..., ResNet]:

@@ -1,5 +1,6 @@
 """VGG-19 with BatchNorm for 32x32 images (Simonyan & Zisserman, ICLR 2015, configuration E)."""
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.width import widen
@@ -10,8 +11,10 @@ LAYOUT = [64, 64, "M", 128, 128, "M", *[256] * 4, "M", *[512] * 4, "M", *[512] *
 class VGG(nn.Module):
     """Convolution, BatchNorm and ReLU sixteen times, five max-pools, one linear classifier.
 
+    The average pool before it changes nothing at 32x32, where the last map is a single pixel.
+
     Shape:
-        float (B, 3, 32, 32), normalised -> float logits (B, num_classes).
+        float (B, 3, H, W), normalised -> float logits (B, num_classes).
     """
 
     def __init__(self, num_classes: int, widen_factor: float):
@@ -32,7 +35,8 @@ class VGG(nn.Module):
         self.classifier = nn.Linear(in_channels, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(self.features(x).flatten(1))
+        out = self.features(x)  # (B, C, H/32, W/32)
+        return self.classifier(F.avg_pool2d(out, out.shape[2:]).flatten(1))
 
 
 def vgg19_bn(num_classes: int = 10, widen_factor: float = 1.0) -> VGG:

@@ -15,8 +15,8 @@ from utils import run
 
 def register(name: str, train: int, test: int) -> None:
     """Add a synthetic dataset of another size to the registry."""
-    parts = ImageSet(*draw_images(train, "train")), ImageSet(*draw_images(test, "test"))
-    DATASETS[name] = lambda root: Dataset(name, 10, SYNTHETIC_NORMALIZATION, *parts)
+    parts = ImageSet(*draw_images(train, "train"), 10), ImageSet(*draw_images(test, "test"), 10)
+    DATASETS[name] = lambda root: Dataset(name, SYNTHETIC_NORMALIZATION, True, *parts)
 
 
 def main() -> int:

@@ -14,8 +14,8 @@ from data.synthetic import draw_images
 from defenses import AnpConfig, AnpState, mask_values, optimize_masks
 from defenses import anp as module
 from defenses.anp import _iterate, apply_masks, draw_batch
+from formats.checkpoints import load_strictly, read_state_dict
 from models import build_model, convert_noisy_batchnorm, noisy_layers
-from utils.checkpoints import load_strictly, read_state_dict
 
 
 @pytest.fixture
@@ -42,8 +42,7 @@ def test_equals_the_plain_loop(network, images, labels, changes):
     noisy, plain = convert_noisy_batchnorm(network), PlainMasks(network, config)
     state = AnpState.start(noisy)
     for step in optimize_masks(noisy, images, labels, config, state=state):
-        start = AnpState(step.iteration - 1, state.mask, state.momentum)
-        batch, batch_labels, *noise = draw_batch(images, labels, start, config, None)
+        batch, batch_labels, *noise = draw_batch(images, labels, len(state.mask), config, step.iteration - 1)
         loss = plain.iterate(batch, batch_labels, noise)
         assert step.loss.item() == pytest.approx(loss, rel=loss_tolerance)
         torch.testing.assert_close(state.mask, plain.mask(), atol=mask_tolerance, rtol=0)
@@ -97,7 +96,7 @@ def test_eps_zero_is_the_natural_loss_alone(network, images, labels):
     reference = copy.deepcopy(noisy)
     config = settings(eps=0.0, iterations=1)
     step = next(iter(optimize_masks(noisy, images, labels, config)))
-    batch, batch_labels, *_ = draw_batch(images, labels, AnpState.start(reference), config, None)
+    batch, batch_labels, *_ = draw_batch(images, labels, 300, config, 0)
     for layer in noisy_layers(reference).values():
         layer.train()
         layer.mask.requires_grad_()
@@ -170,7 +169,7 @@ def test_no_host_sync_inside_an_iteration(network, images, labels):
 
     noisy = convert_noisy_batchnorm(network)
     config, state = settings(), AnpState.start(noisy)
-    batch = draw_batch(images, labels, state, config, None)
+    batch = draw_batch(images, labels, len(state.mask), config, 0)
     with NoSync():
         _iterate(noisy, config, state, batch)
 

@@ -5,18 +5,18 @@ import torchvision.transforms.functional as TF
 
 from data.augment import normalize, random_crop_flip, random_rotate
 from data.datasets import CIFAR10_NORMALIZATION, ImageSet, load_cifar10, load_dataset
-from data.errors import InputError
-from data.seeding import seeded_generator
 from data.split import attacker_index, defender_index, draw_permutation, read_permutation, split_size
 from data.synthetic import draw_images
 from data.triggers import Trigger, triggered_test_set
+from utils.errors import InputError
+from utils.seeding import seeded_generator
 
 
 @pytest.fixture(scope="module")
 def images():
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (500, 32, 32, 3), generator=generator, dtype=torch.uint8)
-    return ImageSet(pixels, torch.arange(500) % 10)
+    return ImageSet(pixels, torch.arange(500) % 10, 10)
 
 
 # ---- split
@@ -112,7 +112,7 @@ def test_stamping_formula_against_numpy(images):
     mask, alpha = rng.random((1, 32, 32, 1)), 0.2
     x = images.images[:50].numpy()
     expected = np.clip((1 - mask) * x + mask * ((1 - alpha) * x + alpha * pattern), 0, 255).astype(np.uint8)
-    trigger = Trigger(torch.from_numpy(pattern), torch.from_numpy(mask), alpha, torch.tensor([0]), torch.arange(0))
+    trigger = Trigger(torch.from_numpy(pattern), torch.from_numpy(mask), alpha, torch.tensor([0]))
     assert np.array_equal(trigger.stamp(images.images[:50]).numpy(), expected)
 
 
@@ -121,15 +121,13 @@ def test_added_trigger_against_numpy(images):
     pattern = rng.uniform(-60, 60, (1, 32, 32, 3)).astype(np.float32)
     mask, x = rng.random((1, 32, 32, 1)), images.images[:50].numpy()
     expected = np.clip(x + mask * 0.5 * pattern.astype(np.float64), 0, 255).astype(np.uint8)
-    parts = torch.from_numpy(pattern), torch.from_numpy(mask), 0.5, torch.tensor([0]), torch.arange(0)
+    parts = torch.from_numpy(pattern), torch.from_numpy(mask), 0.5, torch.tensor([0])
     stamped = Trigger(*parts, mode="add").stamp(images.images[:50]).numpy()
     assert np.abs(stamped.astype(int) - expected).max() <= 1 and (stamped != expected).mean() < 1e-3  # rounding
 
 
 def test_triggered_test_set_leaves_out_the_target(images):
-    trigger = Trigger(
-        torch.full((1, 32, 32, 1), 9).to(torch.uint8), torch.ones(1, 32, 32, 1), 1.0, torch.tensor([3]), torch.arange(0)
-    )
+    trigger = Trigger(torch.full((1, 32, 32, 1), 9).to(torch.uint8), torch.ones(1, 32, 32, 1), 1.0, torch.tensor([3]))
     triggered = triggered_test_set(images, trigger)
     assert len(triggered) == 450 and (triggered.labels == 3).all()
     clean = images.images[images.labels != 3]
@@ -139,18 +137,18 @@ def test_triggered_test_set_leaves_out_the_target(images):
 def test_trigger_for_each_image(images):
     pattern = torch.arange(500).remainder(256).to(torch.uint8)[:, None, None, None].expand(500, 32, 32, 1)
     targets = (images.labels + 1) % 10
-    trigger = Trigger(pattern, torch.ones(500, 32, 32, 1).double(), 1.0, targets, torch.arange(0))
+    trigger = Trigger(pattern, torch.ones(500, 32, 32, 1).double(), 1.0, targets)
     triggered = triggered_test_set(images, trigger)
     assert torch.equal(triggered.labels, targets)  # all-to-all: every image counts
     assert torch.equal(triggered.images[:, 0, 0, 0], pattern[:, 0, 0, 0])
-    some = triggered_test_set(images, Trigger(pattern, trigger.mask, 1.0, torch.tensor([0]), torch.arange(0)))
+    some = triggered_test_set(images, Trigger(pattern, trigger.mask, 1.0, torch.tensor([0])))
     assert torch.equal(some.images[:, 0, 0, 0], pattern[images.labels != 0, 0, 0, 0])
 
 
 def test_trigger_that_does_not_fit(images):
     for shape, message in [((3, 32, 32, 1), "3 entries"), ((1, 28, 28, 1), "28x28"), ((1, 32, 32, 2), "32x32x2")]:
         mask = torch.ones(*shape[:3], 1).double()
-        trigger = Trigger(torch.zeros(shape, dtype=torch.uint8), mask, 1.0, torch.tensor([0]), torch.arange(0))
+        trigger = Trigger(torch.zeros(shape, dtype=torch.uint8), mask, 1.0, torch.tensor([0]))
         with pytest.raises(InputError, match=message):
             triggered_test_set(images, trigger)
 

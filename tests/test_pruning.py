@@ -8,21 +8,11 @@ from benchmarks.plain import plain_evaluate
 from data.augment import normalize
 from data.datasets import SYNTHETIC_NORMALIZATION, ImageSet
 from data.synthetic import draw_images
-from defenses.pruning import (
-    Neuron,
-    PruningPoint,
-    SweepRow,
-    largest_within_drop,
-    neurons_up_to,
-    number_points,
-    prune_neurons,
-    pruned_copy,
-    sort_neurons,
-    sweep,
-    threshold_points,
-)
+from defenses.pruning import largest_within_drop, number_points, threshold_points
+from engine.evaluation import evaluate, inference_copy
+from engine.sweep import SweepLoop
 from models import ARCHITECTURES, build_model
-from utils.evaluation import evaluate, inference_copy
+from models.neurons import Neuron, PruningPoint, neurons_up_to, prune_neurons, pruned_copy, sort_neurons
 
 
 def neurons(*masks):
@@ -37,11 +27,11 @@ def test_sorting_keeps_file_order_among_ties():
 
 def test_thresholds_are_exact_and_never_past_the_maximum():
     points = threshold_points(neurons(0.0, 0.1, 0.15, 0.3), 0.3, 0.05)
-    assert [point.value for point in points] == [0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3]
+    assert [point.threshold for point in points] == [0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3]
     assert [point.count for point in points] == [1, 1, 2, 3, 3, 3, 4]
     assert points[2].last == Neuron("bn1", 1, 0.1)
-    assert [p.value for p in threshold_points([], 0.2, 0.1)] == [0.0, 0.1, 0.2]
-    assert [p.value for p in threshold_points([], 0.25, 0.1)] == [0.0, 0.1, 0.2]
+    assert [p.threshold for p in threshold_points([], 0.2, 0.1)] == [0.0, 0.1, 0.2]
+    assert [p.threshold for p in threshold_points([], 0.25, 0.1)] == [0.0, 0.1, 0.2]
     assert len(threshold_points([], 0.9, 0.05)) == 19
 
 
@@ -50,7 +40,7 @@ def test_numbers_never_run_past_the_end():
     assert [point.count for point in number_points(ten, 100, 4)] == [4, 8]
     assert [point.count for point in number_points(ten, 10, 5)] == [5, 10]
     assert [point.count for point in number_points(ten, 7, 3)] == [3, 6]
-    assert number_points(ten, 10, 5)[-1] == PruningPoint(10, ten[9], 0.9)
+    assert number_points(ten, 10, 5)[-1] == PruningPoint(10, ten[9], None)
     with pytest.raises(ValueError, match="step"):
         number_points(ten, 10, 0)
 
@@ -92,10 +82,10 @@ def test_sweep_measures_the_pruned_network(network):
         calls.append(1)
         return pruned.bn1.weight.tolist()
 
-    rows = list(sweep(network, masks, threshold_points(masks, 0.5, 0.1), evaluate_weight))
+    rows = list(SweepLoop(network, masks, threshold_points(masks, 0.5, 0.1), evaluate_weight).steps())
     expected = [set(), {1}, {1}, {1, 2}, {1, 2, 0}, {1, 2, 0}, {1, 2, 0}]
     for row, pruned in zip(rows, expected, strict=True):
-        assert {index for index, value in enumerate(row.metrics) if value == 0} == pruned
+        assert {index for index, value in enumerate(row.report) if value == 0} == pruned
         assert row.point.count == len(pruned)
     assert len(calls) == 4, "a point that prunes nothing new is not measured again"
     assert torch.equal(network.bn1.weight, weight)
@@ -103,11 +93,7 @@ def test_sweep_measures_the_pruned_network(network):
 
 def test_operating_point_from_clean_accuracy():
     accuracies = [0.9, 0.9, 0.89, 0.87, 0.875, 0.5]
-    rows = [SweepRow(PruningPoint(n, None, n / 10), accuracy) for n, accuracy in enumerate(accuracies)]
-    assert largest_within_drop(rows, float, 0.03).point.count == 4
-    assert largest_within_drop(rows, float, 0.01).point.count == 2
-    assert largest_within_drop(rows, float, 0).point.count == 1
-    assert largest_within_drop(rows, float, 1).point.count == 5
+    assert [largest_within_drop(accuracies, drop) for drop in (0.03, 0.01, 0, 1)] == [4, 2, 1, 5]
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50", "vgg19_bn", "MobileNetV2"])
@@ -127,7 +113,7 @@ def test_folding_computes_the_same(arch):
 
 
 def test_evaluation_is_the_mean_over_samples(network):
-    image_set = ImageSet(*draw_images(730, "test"))  # no multiple of the batch size
+    image_set = ImageSet(*draw_images(730, "test"), 10)  # no multiple of the batch size
     ours = evaluate(inference_copy(network, torch.float32), image_set, SYNTHETIC_NORMALIZATION, torch.float32)
     batches = [
         (normalize(image_set.images[:300], SYNTHETIC_NORMALIZATION), image_set.labels[:300]),

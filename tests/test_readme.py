@@ -1,53 +1,92 @@
-"""The README's own commands, through the real parsers, and its Python example."""
+"""README.md and docs/: commands through the real parsers, examples executed, links followed."""
 
+import importlib
+import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
-import optimize_mask_cifar
-import prune_neuron_cifar
-import train_backdoor_cifar
-from benchmarks import same_place, speed
+from benchmarks import same_place, speed, tables
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-PARSERS = {
-    "train_backdoor_cifar.py": train_backdoor_cifar.parse_arguments,
-    "optimize_mask_cifar.py": lambda argv: optimize_mask_cifar.build_parser().parse_args(argv),
-    "prune_neuron_cifar.py": prune_neuron_cifar.parse_arguments,
-    "benchmarks.speed": lambda argv: speed.build_parser().parse_args(argv),
-    "benchmarks.same_place": lambda argv: same_place.build_parser().parse_args(argv),
+DOCUMENTS = {str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}
+README = DOCUMENTS["README.md"]
+SCRIPTS = ("train_backdoor_cifar", "optimize_mask_cifar", "prune_neuron_cifar")
+PROGRAMS = {f"{name}.py": importlib.import_module(name) for name in SCRIPTS} | {
+    "benchmarks.speed": speed,
+    "benchmarks.same_place": same_place,
+    "benchmarks.tables": tables,
 }
+PUBLISHED = [
+    "python train_backdoor_cifar.py --output-dir './save'",
+    "python optimize_mask_cifar.py --output-dir './save' --checkpoints './save/last_model.th' "
+    "--trigger-info './save/trigger_info.th'",
+    "python prune_neuron_cifar.py --output-dir './save' --mask-file './save/mask_values.txt' "
+    "--checkpoints './save/last_model.th' --trigger-info './save/trigger_info.th'",
+]
+
+
+def parse(command):
+    """Parse a `python ...` command line as the program does; a bad one ends in SystemExit."""
+    program, *words = [word for word in shlex.split(command, comments=True)[1:] if word != "-m"]
+    module = PROGRAMS[program]
+    return (
+        module.parse_arguments(words) if hasattr(module, "parse_arguments") else module.build_parser().parse_args(words)
+    )
+
+
+def blocks(language):
+    """Return the fenced blocks of one language, by document."""
+    fence = re.compile(rf"^```{language}\n(.*?)^```", re.S | re.M)
+    return [(name, block) for name, text in DOCUMENTS.items() for block in fence.findall(text)]
 
 
 def commands():
-    """Yield every `python ...` command of the README and of the docstrings, with continued lines joined."""
-    documents = [README] + [(ROOT / name).read_text().split('"""')[1] for name in PARSERS if name.endswith(".py")]
-    for text in documents:
-        for line in re.sub(r"\\+\n\s*", " ", text).splitlines():
-            if re.match(r"\s*python (-m benchmarks\.|\w+_cifar\.py)", line):
-                yield line.strip()
+    """Return every `python ...` command of the documents, the docstrings and the result files."""
+    found = [line for _, block in blocks("bash") for line in block.splitlines()]
+    found += [span for text in DOCUMENTS.values() for span in re.findall(r"`(python [^`\n]+)`", text)]
+    for module in PROGRAMS.values():
+        found += re.sub(r"\\+\n\s*", " ", module.__doc__).splitlines()
+    found += [line for path in ROOT.glob("results/*.json") for line in json.loads(path.read_text()).get("commands", [])]
+    return sorted({line.strip() for line in found if re.match(r"\s*python (-m benchmarks\.|\w+_cifar\.py)", line)})
 
 
-@pytest.mark.parametrize("command", sorted(set(commands())))
+def flags(parser):
+    """Return the flags of a parser and of its subcommands."""
+    found = set()
+    for action in parser._actions:
+        found.update(action.option_strings)
+        if isinstance(action.choices, dict):
+            found.update(*map(flags, action.choices.values()))
+    return found
+
+
+def anchors(text):
+    """Return the anchors that GitHub gives to the headings of a document."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.S | re.M), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("command", commands())
 def test_command_is_accepted(command):
-    words = [word for word in shlex.split(command, comments=True)[1:] if word != "-m"]
-    args = PARSERS[words[0]](words[1:])
-    assert getattr(args, "output_dir", "save").startswith((".", "save"))
+    output = getattr(parse(command), "output_dir", "save")
+    assert output.startswith((".", "save"))
+
+
+def test_flags_in_the_text_exist():
+    known = set().union(*(flags(module.build_parser()) for module in PROGRAMS.values()))
+    for name, text in DOCUMENTS.items():
+        assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) <= known, name
 
 
 def test_the_three_published_lines():
     """What the published README means; quotes and plural flag as there."""
-    lines = [
-        "train_backdoor_cifar.py --output-dir './save'",
-        "optimize_mask_cifar.py --output-dir './save' --checkpoints './save/last_model.th' "
-        "--trigger-info './save/trigger_info.th'",
-        "prune_neuron_cifar.py --output-dir './save' --mask-file './save/mask_values.txt' "
-        "--checkpoints './save/last_model.th' --trigger-info './save/trigger_info.th'",
-    ]
-    train, optimize, prune = (PARSERS[line.split()[0]](shlex.split(line)[1:]) for line in lines)
+    block = next(block for _, block in blocks("bash") if "--checkpoints" in block)
+    assert block.splitlines() == PUBLISHED
+    train, optimize, prune = map(parse, PUBLISHED)
     assert (train.arch, train.widen_factor, train.batch_size, train.epoch, train.save_every) == (
         "resnet18", 1.0, 128, 200, 20)  # fmt: skip
     assert (train.poison_type, train.dataset, train.lr, train.lr_schedule) == ("badnets", "cifar10", 0.1, "step")
@@ -57,20 +96,63 @@ def test_the_three_published_lines():
     assert (prune.pruning_by, prune.checkpoint) == ("threshold", "./save/last_model.th")
 
 
-def test_the_two_commands_for_a_newcomer_exist():
-    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
-    for command in ("make demo", "make test"):
-        assert command in README and command.split()[1] in targets
+def test_the_commands_for_a_newcomer_exist():
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
+    named = {target for _, block in blocks("bash") for target in re.findall(r"^make ([\w-]+)", block, re.M)}
+    assert {"demo", "test", "test-all"} <= named <= set(targets)
 
 
-def test_python_example_runs():
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.S)
+def test_the_readme_is_short_and_says_what_matters_first():
+    assert len(README.splitlines()) <= 130
+    order = ["table: main", "badnets_sweep.png", "not been verified", "make demo", *PUBLISHED, "## Your own checkpoint"]
+    places = [README.find(text) for text in [*order, "## Your own network", "docs/files.md"]]
+    assert -1 not in places and places == sorted(places)
+
+
+def run_example(name):
+    """Execute the one Python example of a document; returns its names."""
+    (example,) = [block for document, block in blocks("python") if document == name]
     names = {}
     exec(example, names)
-    pruned = [name for name, module in names["repaired"].named_modules() if hasattr(module, "running_mean")]
-    assert len(pruned) == 20 and names["neurons"]
+    return names
 
 
-def test_files_named_in_the_readme_exist():
-    for name in re.findall(r"\]\((docs/[^)]+)\)", README):
-        assert (ROOT / name).exists(), name
+def test_every_python_example_is_run_here():
+    assert sorted(name for name, _ in blocks("python")) == ["README.md", "docs/attacks.md"]
+
+
+def test_example_your_own_network():
+    names = run_example("README.md")
+    layers = {name for name, module in names["repaired"].named_modules() if hasattr(module, "running_mean")}
+    assert len(layers) == 20 and {neuron.layer for neuron in names["neurons"]} == layers
+
+
+def test_example_an_attack_from_python(capsys):
+    names = run_example("docs/attacks.md")
+    poisoned, labels = names["poisoned"], names["labels"]
+    assert len(poisoned.index) == int(0.05 * (labels != 0).sum())
+    assert (labels[poisoned.index] != 0).all() and (poisoned.train.labels[poisoned.index] == 0).all()
+    changed = (poisoned.train.images != names["images"]).flatten(1).any(1)
+    assert not changed[torch.isin(torch.arange(1000), poisoned.index, invert=True)].any() and changed.any()
+    assert names["trigger"] is not None and "images carry the trigger" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_lead_somewhere(name):
+    for target in re.findall(r"\]\(([^)\s]+)\)", DOCUMENTS[name]):
+        if target.startswith("https://"):
+            continue
+        place, _, anchor = target.partition("#")
+        path = ((ROOT / name).parent / place).resolve() if place else ROOT / name
+        assert path.is_file(), target
+        assert not anchor or anchor in anchors(path.read_text()), target
+
+
+def test_every_page_is_linked_from_the_readme():
+    assert set(re.findall(r"\]\((docs/\w+\.md)", README)) == set(DOCUMENTS) - {"README.md"}
+
+
+def test_folders_of_the_code_are_described():
+    described = set(re.findall(r"`(\w+)/`", DOCUMENTS["docs/files.md"].partition("## The code")[2]))
+    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert packages <= described and all((ROOT / name).is_dir() for name in described)

@@ -12,10 +12,10 @@ from data.augment import normalize
 from data.datasets import load_cifar10
 from data.split import attacker_index, draw_permutation
 from data.triggers import triggered_test_set
+from engine.evaluation import evaluate, inference_copy
+from formats.checkpoints import load_strictly, read_state_dict
+from formats.trigger_file import load_trigger
 from models import build_model
-from utils.checkpoints import load_strictly, read_state_dict
-from utils.evaluation import evaluate, inference_copy
-from utils.trigger_file import load_trigger
 
 pytestmark = pytest.mark.real_data
 

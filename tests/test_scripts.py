@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import defenses.anp as anp
 import optimize_mask_cifar as optimize
 import prune_neuron_cifar as prune
 import train_backdoor_cifar as train
@@ -128,7 +129,7 @@ def test_checkpoints_and_schedule(tmp_path):
         (["--poison-type", "sig", "--sig-delta", "300"], "out of range"),
         (["--poison-type", "iab-one", "--schedule", "3"], "--schedule has no effect with --poison-type iab-one"),
         (["--poison-type", "iab-one", "--epoch", "1"], "use 2 or more"),
-        (["--poison-type", "folder", "--poisoned-dir", "x", "--export-poisoned", "y"], "folder of pictures already"),
+        (["--poison-type", "folder", "--poisoned-dir", "x", "--export-poisoned", "y"], "no set to export"),
         (["--poison-type", "iab-all", "--export-poisoned", "x"], "no set to export"),
         (["--clb-dir", "x"], "--clb-dir has no effect"),
         (["--lr-schedule", "one-cycle", "--schedule", "3"], "--schedule has no effect"),
@@ -253,9 +254,7 @@ def test_split_file_of_step_1_is_found_again(tmp_path):
     split = ["--split-file", str(tmp_path / "split.txt")]
     assert train.main([*out, *WIDTH, *split, "--dataset", "tiny", "--epoch", "1"]) == 0
     assert optimize.main([*out, *source(tmp_path), *MASKS]) == 0
-    from utils.trigger_file import load_trigger
-
-    assert load_trigger(tmp_path / "trigger_info.th", 10).data_index.max() < 540  # the last 60 are the defender's
+    assert torch.load(tmp_path / "trigger_info.th")["data_index"].max() < 540  # the last 60 are the defender's
 
 
 def test_bad_files_of_steps_2_and_3(folder, capsys):
@@ -290,10 +289,10 @@ def test_masks_of_another_checkpoint(folder, capsys):
 
 def test_a_pending_row_is_measured_with_the_saved_masks(folder, monkeypatch):
     """Interrupted while a row was measured, a resumed run measures it with the masks of that iteration."""
-    from utils.interrupt import Interrupted
+    from utils.signals import Interrupted
 
     args = ["--output-dir", str(folder), *source(folder), *MASKS, *FP32, "--lr", "20"]
-    original, calls = optimize.apply_masks, []
+    original, calls = anp.apply_masks, []
 
     def interrupt_second(network, noisy):
         calls.append(noisy.bn1.mask.clone())
@@ -301,7 +300,7 @@ def test_a_pending_row_is_measured_with_the_saved_masks(folder, monkeypatch):
             raise Interrupted
         return original(network, noisy)
 
-    monkeypatch.setattr(optimize, "apply_masks", interrupt_second)
+    monkeypatch.setattr(anp, "apply_masks", interrupt_second)
     assert optimize.main([*args, "--overwrite"]) == 130
     assert optimize.main([*args, "--resume"]) == 0
     assert [row["iteration"] for row in rows(folder, "optimize")[1]] == [0, 3, 6]
@@ -318,6 +317,7 @@ def test_a_pending_row_is_measured_with_the_saved_masks(folder, monkeypatch):
         (["--pruning-step", "1e-9"], "4 decimals"),
         (["--std", "0", "0", "0"], "out of range"),
         (["--seed", "1"], "unrecognized arguments"),
+        (["--resume", "--overwrite"], "not allowed with"),
         (["--threshold", "0.2", "--max-acc-drop", "1"], "not allowed with"),
         (["--val-frac", "0.2"], "out of range"),
         (["--val-frac", "0"], "out of range"),

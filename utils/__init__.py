@@ -1,1 +1,1 @@
-"""What the three scripts share: arguments, files, cards, runs, evaluation, tables and plots."""
+"""Around a run: errors, seeding, files, configs and flags, table, plots, signals. Imports nothing of this project."""

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data.errors import InputError
+from utils.errors import InputError
 
 # All that NumPy's pickles need to rebuild plain arrays, under the module names of NumPy 1 and NumPy 2.
 _NUMPY_GLOBALS = [
@@ -38,23 +38,32 @@ def sha256_of_folder(folder: str | Path) -> str:
     return digest.hexdigest()
 
 
-def write_bytes(path: str | Path, content: bytes) -> None:
-    """Write a file so that at any moment the old or the new content is there, never a part.
+def write_together(contents: dict[Path, bytes]) -> None:
+    """Write files so that at any moment the old or the new content of each is there, never a part.
+
+    All are written under other names first; a full disk leaves every old file untouched. They appear in the order
+    given: a reader that finds the last one finds all.
 
     Raises:
-        OSError: the folder cannot be written or the disk is full; the old file is then untouched.
+        OSError: a folder cannot be written or the disk is full; the old files are then untouched.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.part")
+    parts = {path: path.with_name(f".{path.name}.part") for path in contents}
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        for path, part in parts.items():
+            with part.open("wb") as file:
+                file.write(contents[path])
+                file.flush()
+                os.fsync(file.fileno())
+        for path, part in parts.items():
+            part.replace(path)
+    finally:
+        for part in parts.values():
+            part.unlink(missing_ok=True)
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write one file whole or not at all; raises as ``write_together``."""
+    write_together({Path(path): content})
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -62,20 +71,21 @@ def write_text(path: str | Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def write_json(path: str | Path, content: Any) -> None:
-    """Write indented JSON whole or not at all; raises as ``write_bytes``."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
+def as_json(content: Any) -> bytes:
+    """Return indented JSON as a file holds it."""
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def as_torch(content: Any) -> bytes:
+    """Return what ``torch.save`` writes; the same content gives the same bytes whatever the file's name."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
 
 
 def save_torch(path: str | Path, content: Any) -> None:
-    """``torch.save`` whole or not at all; the same content gives the same bytes whatever the file's name.
-
-    Raises:
-        OSError: as ``write_bytes``.
-    """
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    write_bytes(path, buffer.getvalue())
+    """``torch.save`` whole or not at all; raises as ``write_together``."""
+    write_bytes(path, as_torch(content))
 
 
 def load_torch(path: str | Path) -> Any:

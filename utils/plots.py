@@ -9,7 +9,6 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from defenses.pruning import Neuron
 from utils.files import write_bytes
 
 CLEAN, TRIGGERED = "tab:blue", "tab:red"
@@ -66,8 +65,8 @@ def plot_images(path: Path, clean: Tensor, triggered: Tensor) -> None:
     _save(grid[0, 0].figure, path)
 
 
-def plot_masks(path: Path, neurons: list[Neuron]) -> None:
-    """Draw every neuron's mask by layer, and how many neurons lie below each value."""
+def plot_masks(path: Path, neurons: list) -> None:
+    """Draw the mask of every neuron, a tuple with ``layer`` and ``mask``, and how many lie below each value."""
     figure = Figure(figsize=(9, 3.8))
     by_layer, total = figure.subplots(1, 2, width_ratios=(2.5, 1))
     layers = list(dict.fromkeys(neuron.layer for neuron in neurons))

@@ -15,16 +15,14 @@ import torch
 import torchvision
 from tqdm import tqdm
 
-from data.errors import InputError
+from utils.config import InputFile, InputFolder
+from utils.errors import InputError
 from utils.files import load_torch, save_torch, sha256_of, sha256_of_folder
-from utils.interrupt import Interrupted, Signals
-from utils.runtime import Runtime, prepare_runtime
-from utils.tables import Table, read_table
+from utils.signals import Interrupted, Signals
+from utils.table import Table, read_table
 
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 130
-STATE_VERSION = 2  # of the resume files
-FILE_OPTIONS = ("checkpoint", "trigger_info", "mask_file", "split_file", "clb_surrogate")
-FOLDER_OPTIONS = ("clb_dir", "poisoned_dir")
+STATE_VERSION = 3  # of the resume files
 SAVE_SECONDS = 60.0  # a killed run loses at most this much
 RESUME_OPTIONS = {"resume", "overwrite", "output_dir"}  # may differ between a run and its continuation
 
@@ -39,6 +37,11 @@ def versions() -> dict[str, str]:
     }
 
 
+def _plain(value: Any) -> Any:
+    """Return a value of the command line as it is stored in files: plain types, lists for tuples."""
+    return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, str) else value
+
+
 def command_line(script: str, argv: list[str] | None) -> str:
     """Return the command as it can be pasted into a shell."""
     return shlex.join(["python", script, *(sys.argv[1:] if argv is None else argv)])
@@ -49,7 +52,7 @@ class Run:
 
     Args:
         step: name of the step, the stem of its log and resume files.
-        arguments: the parsed command line, with ``output_dir`` and, where the step can, ``resume``.
+        arguments: the parsed command line, with ``output_dir``, ``resume`` and ``overwrite``.
         command: the command as typed.
 
     Raises:
@@ -61,13 +64,13 @@ class Run:
         self.step, self.command = step, command
         self.folder = Path(arguments.output_dir)
         self.arguments = arguments
-        self.options = {k: v for k, v in sorted(vars(arguments).items()) if k not in RESUME_OPTIONS}
-        self.resuming = getattr(arguments, "resume", False)
-        self.overwriting = getattr(arguments, "overwrite", False)
+        self.options = {name: _plain(v) for name, v in sorted(vars(arguments).items()) if name not in RESUME_OPTIONS}
+        self.resuming, self.overwriting = arguments.resume, arguments.overwrite
         self.snapshot: Callable[[], dict] | None = None
         self.saved: dict | None = None
         self._state_path = self.folder / f"{step}_resume.th"
         self._log_path = self.folder / f"{step}_log.jsonl"
+        self._facts: dict[str, Any] = {}
         self._signals = Signals()
         self._seconds_before = 0.0
         self._bar: tqdm | None = None
@@ -105,11 +108,10 @@ class Run:
 
     def _digests(self) -> dict[str, str]:
         """Name the files that went in, so that a run is never continued with others of the same name."""
-        files = {name: sha256_of(path) for name, path in self._given(FILE_OPTIONS) if path.is_file()}
-        return files | {name: sha256_of_folder(path) for name, path in self._given(FOLDER_OPTIONS) if path.is_dir()}
-
-    def _given(self, names: tuple[str, ...]) -> list[tuple[str, Path]]:
-        return [(name, Path(self.options[name])) for name in names if self.options.get(name)]
+        given = {name: Path(value) for name, value in vars(self.arguments).items() if isinstance(value, InputFile)}
+        folders = {name: Path(value) for name, value in vars(self.arguments).items() if isinstance(value, InputFolder)}
+        files = {name: sha256_of(path) for name, path in given.items() if path.is_file()}
+        return files | {name: sha256_of_folder(path) for name, path in folders.items() if path.is_dir()}
 
     def _find_saved(self) -> None:
         if self.overwriting or not self._state_path.exists():
@@ -137,22 +139,15 @@ class Run:
                     "use the same, or --overwrite to start again"
                 )
 
-    def prepare_runtime(self) -> Runtime:
-        """Choose device, data type and threads; a resumed run needs those it began with.
+    def rely_on(self, facts: dict[str, Any]) -> None:
+        """Record what a run depends on beside its arguments, such as device and threads.
 
         Raises:
-            InputError: the device does not exist, or another one was used before.
+            InputError: the run to resume began with other facts.
         """
-        args = self.arguments
-        runtime = prepare_runtime(args.device, args.precision, args.threads)
-        self._runtime = {
-            "device": str(runtime.device),
-            "precision": str(runtime.precision),
-            "threads": torch.get_num_threads(),
-        }
+        self._facts = facts
         if self.saved:
-            self._compare(self.saved["runtime"], self._runtime)
-        return runtime
+            self._compare(self.saved["runtime"], facts)
 
     @property
     def finished_before(self) -> bool:
@@ -175,7 +170,7 @@ class Run:
             "step": self.step,
             "command": self.command,
             "arguments": self.options,
-            "runtime": self._runtime,
+            "runtime": self._facts,
             "versions": versions(),
         }
         self.log = Table(self._log_path, record, columns, self.saved["rows"] if self.saved else None)
@@ -212,7 +207,7 @@ class Run:
         state = {
             "state_version": STATE_VERSION,
             "options": self.options,
-            "runtime": self._runtime,
+            "runtime": self._facts,
             "seconds": self.seconds,
             "rows": self.log.rows,
         }

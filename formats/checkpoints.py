@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data.errors import InputError
+from utils.errors import InputError
 from utils.files import load_torch
 
 WRAPPERS = ("state_dict", "model", "net", "netC", "model_state", "model_state_dict")

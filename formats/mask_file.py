@@ -4,12 +4,10 @@ from collections import Counter
 from pathlib import Path
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from data.errors import InputError
-from defenses.pruning import Neuron
-from utils.cards import card_path, read_card, write_card
-from utils.files import write_text
+from formats.cards import read_card, write_with_card
+from models.neurons import MASK_DECIMALS, Neuron, affine_norms
+from utils.errors import InputError
 
 HEADER = ("No", "Layer Name", "Neuron Idx", "Mask Score")
 SEPARATOR = " \t "
@@ -21,10 +19,10 @@ def write_masks(path: str | Path, neurons: list[Neuron], checkpoint_sha256: str)
     Raises:
         OSError: the folder cannot be written or the disk is full.
     """
-    card_path(path).unlink(missing_ok=True)
-    rows = [HEADER, *((str(n), layer, str(index), f"{mask:.4f}") for n, (layer, index, mask) in enumerate(neurons))]
-    write_text(path, "".join(SEPARATOR.join(row) + " \n" for row in rows))
-    write_card(path, {"checkpoint_sha256": checkpoint_sha256})
+    rows = [HEADER]
+    rows += [(str(n), layer, str(i), f"{mask:.{MASK_DECIMALS}f}") for n, (layer, i, mask) in enumerate(neurons)]
+    text = "".join(SEPARATOR.join(row) + " \n" for row in rows)
+    write_with_card(path, text.encode(), {"checkpoint_sha256": checkpoint_sha256})
 
 
 def check_source(path: str | Path, checkpoint_sha256: str) -> None:
@@ -74,12 +72,7 @@ def read_masks(path: str | Path, network: nn.Module) -> list[Neuron]:
     """
     neurons = _parse(path)
     found = {(neuron.layer, neuron.index) for neuron in neurons}
-    own = {
-        (name, index)
-        for name, layer in network.named_modules()
-        if isinstance(layer, _BatchNorm) and layer.affine
-        for index in range(layer.num_features)
-    }
+    own = {(name, index) for name, layer in affine_norms(network).items() for index in range(layer.num_features)}
     if found != own or len(neurons) != len(own):
         repeated = [key for key, count in Counter((n.layer, n.index) for n in neurons).items() if count > 1]
         strange = sorted(found ^ own)[:1] or repeated

@@ -6,7 +6,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data.errors import InputError
+from utils.errors import InputError
 from utils.files import write_text
 
 

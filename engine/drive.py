@@ -1,0 +1,114 @@
+"""The one loop that drives anything iterative: progress, rows that are due, snapshots, resume, signals."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from engine.evaluation import Report
+from utils.run import Run
+
+
+class Loop(Protocol):
+    """What ``drive`` drives: a training, a mask optimisation, a sweep.
+
+    Attributes:
+        title, unit: of the progress bar.
+        columns: of the log, with their formats; the first tells rows apart.
+        total: steps of the whole loop.
+        done: steps made so far.
+    """
+
+    title: str
+    unit: str
+    columns: dict[str, str]
+    total: int
+    done: int
+
+    def steps(self) -> Iterator[object]:
+        """Go on from where the loop stands to its end; its state moves on with every step."""
+
+    def due(self) -> bool:
+        """Say whether a row belongs here."""
+
+    def row(self) -> dict[str, Any]:
+        """Return what the steps since the last row saw, and begin to count anew."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that steps change, in tensors and plain containers."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to what ``state_dict`` returned."""
+
+
+class Means:
+    """Means of what steps saw since the last row, summed on the device without waiting for it.
+
+    Args:
+        count: how many values a step has.
+        device: where they are.
+    """
+
+    def __init__(self, count: int, device: torch.device):
+        self.sums = torch.zeros(count, device=device, dtype=torch.float64)
+        self.weight = 0
+
+    def add(self, *values: Tensor, weight: int = 1) -> None:
+        """Add one step's values, 0-dimensional each, which stand for ``weight`` samples."""
+        self.sums += weight * torch.stack([value.detach().double() for value in values])
+        self.weight += weight
+
+    def take(self) -> list[float | None]:
+        """Return the means and start again; None where there was no step."""
+        means = (self.sums / self.weight).tolist() if self.weight else [None] * len(self.sums)
+        self.sums.zero_()
+        self.weight = 0
+        return means
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sums so far."""
+        return {"sums": self.sums, "weight": self.weight}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to what ``state_dict`` returned."""
+        self.sums.copy_(state["sums"])
+        self.weight = state["weight"]
+
+
+def drive(run: Run, loop: Loop, measure: Callable[[], Report | None]) -> Iterator[tuple[dict[str, Any], Report | None]]:
+    """Carry a loop to its end, or on from the run's saved state, and log its rows.
+
+    Args:
+        run: an entered run.
+        loop: at its beginning.
+        measure: what is known of the network where a row is due; None where there is nothing to measure.
+
+    Yields:
+        Each row and what was measured. The row at which a run was interrupted comes again when it is resumed, since
+        what the caller does with it may not have happened.
+
+    Raises:
+        InputError: the network diverged.
+        OSError: log or state cannot be written.
+    """
+    if run.saved:
+        loop.load_state_dict(run.saved["loop"])
+    log = run.table(loop.columns)
+    key = next(iter(loop.columns))
+    run.snapshot = lambda: {"loop": loop.state_dict()}
+
+    def rows():
+        if not loop.due():
+            return
+        report = measure()
+        with run.uninterrupted():  # the sums must go exactly when the row comes
+            row = {**dict.fromkeys(loop.columns), **loop.row(), **(report.row() if report else {})}
+            row["seconds"] = run.seconds
+            if not log.rows or log.rows[-1][key] != row[key]:
+                log.add(row)
+        yield row, report
+
+    yield from rows()
+    for _ in run.track(loop.steps(), loop.total, loop.done, loop.title, loop.unit):
+        yield from rows()

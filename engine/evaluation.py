@@ -1,0 +1,182 @@
+"""The one evaluation: mean loss and accuracy of a network on images held in memory."""
+
+import copy
+import math
+from dataclasses import astuple, dataclass, fields, replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.fx import symbolic_trace
+from torch.fx.experimental.optimization import fuse
+
+from data.augment import normalize
+from data.datasets import ImageSet, Normalization
+from data.triggers import Trigger, triggered_test_set
+from utils.errors import InputError
+
+EVALUATION_BATCH = 500
+CARD_NAMES = {
+    "clean": "clean_accuracy",
+    "triggered": "attack_success_rate",
+    "defender": "defender_accuracy",
+    "cross": "cross_trigger_accuracy",
+}
+COLUMN_NAMES = {"clean": "C-Acc %", "triggered": "ASR %", "defender": "defender acc %", "cross": "cross %"}
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Mean cross entropy over the images (nats) and accuracy, 0..1."""
+
+    loss: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one network measured; ``triggered.accuracy`` is the attack success rate, None without a trigger.
+
+    ``defender`` is the accuracy on the defender's own clean images, None where step 1 asks. ``cross`` is the accuracy
+    on test images with the triggers of other images, None for attacks whose trigger is the same on every image.
+    """
+
+    clean: Metrics
+    triggered: Metrics | None
+    defender: Metrics | None
+    cross: Metrics | None = None
+
+    def known(self) -> dict[str, Metrics]:
+        """Return what was measured, by name."""
+        return {each.name: metrics for each in fields(self) if (metrics := getattr(self, each.name))}
+
+    def rounded(self) -> dict[str, float]:
+        """Return the figures for a model card: accuracies in percent."""
+        return {CARD_NAMES[name]: round(percent(metrics.accuracy), 2) for name, metrics in self.known().items()}
+
+    def row(self) -> dict[str, float]:
+        """Return the figures by the names of a log's columns: losses in nats, accuracies in percent."""
+        losses = {f"{name} loss": metrics.loss for name, metrics in self.known().items()}
+        return losses | {COLUMN_NAMES[name]: percent(metrics.accuracy) for name, metrics in self.known().items()}
+
+    def state_dict(self) -> dict[str, list[float]]:
+        """Return all figures in plain containers."""
+        return {name: list(astuple(metrics)) for name, metrics in self.known().items()}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, list[float]]) -> "Report":
+        """Return the report of which ``state`` is the ``state_dict``."""
+        return cls(**{each.name: Metrics(*state[each.name]) if each.name in state else None for each in fields(cls)})
+
+    def __str__(self) -> str:
+        asr = f"{percent(self.triggered.accuracy):.2f} %" if self.triggered else "not known (no trigger)"
+        cross = f", with other images' triggers {percent(self.cross.accuracy):.2f} %" if self.cross else ""
+        return f"C-Acc {percent(self.clean.accuracy):.2f} %, ASR {asr}{cross}"
+
+
+def percent(share: float) -> float:
+    """Return a share of 1 in percent."""
+    return 100 * share
+
+
+def inference_copy(network: nn.Module, precision: torch.dtype) -> nn.Module:
+    """Return a copy for evaluation: weights in ``precision``, channels last, BatchNorms folded into convolutions.
+
+    A network that cannot be folded is copied as it is and computes the same, only slower.
+    """
+    folded = _folded(network.eval())
+    return (copy.deepcopy(network) if folded is None else folded).to(precision, memory_format=torch.channels_last)
+
+
+def _folded(network: nn.Module) -> nn.Module | None:
+    """Return a folded copy, or None where folding is not possible or would change what is computed."""
+    if any(module._forward_hooks or module._forward_pre_hooks for module in network.modules()):
+        return None  # a folded BatchNorm is gone, and its hooks with it
+    try:
+        traced = symbolic_trace(network)
+    except Exception:  # tracing runs the network's own code on symbols, which may fail in any way
+        return None
+    calls = [node.target for node in traced.graph.nodes if node.op == "call_module"]
+    if len(set(calls)) < len(calls):
+        return None  # a convolution used twice must not absorb two BatchNorms
+    return fuse(traced, no_trace=True)
+
+
+@torch.inference_mode()
+def evaluate(
+    network: nn.Module,
+    image_set: ImageSet,
+    normalization: Normalization,
+    precision: torch.dtype,
+    batch_size: int = EVALUATION_BATCH,
+) -> Metrics:
+    """Measure an inference copy; the network's own batches wait for the device only once, at the end.
+
+    Raises:
+        ZeroDivisionError: the set is empty.
+    """
+    loss = torch.zeros((), dtype=torch.float64, device=image_set.images.device)
+    correct = torch.zeros_like(loss)
+    for images, labels in zip(image_set.images.split(batch_size), image_set.labels.split(batch_size), strict=True):
+        logits = network(normalize(images, normalization).to(precision)).float()
+        loss += F.cross_entropy(logits, labels, reduction="sum")
+        correct += (logits.argmax(1) == labels).sum()
+    return Metrics(loss.item() / len(image_set), correct.item() / len(image_set))
+
+
+class Evaluator:
+    """Measures networks on images that only the person at the keyboard has: test set, trigger.
+
+    Args:
+        clean_test: the clean test images.
+        trigger: the attacker's trigger; None where it is unknown.
+        normalization: of the network's input.
+        precision: data type of the evaluation.
+        defender: the defender's clean images; None where there is no defender yet.
+        cross: also measure the accuracy on images with the triggers of other images.
+        batch_size: images in an evaluation batch; changes the speed, not the result.
+
+    Raises:
+        InputError: the trigger does not fit the test images.
+    """
+
+    def __init__(
+        self,
+        clean_test: ImageSet,
+        trigger: Trigger | None,
+        normalization: Normalization,
+        precision: torch.dtype,
+        defender: ImageSet | None = None,
+        cross: bool = False,
+        batch_size: int = EVALUATION_BATCH,
+    ):
+        self.sets = {"clean": clean_test, "triggered": None, "defender": defender, "cross": None}
+        if trigger:
+            self.sets["triggered"] = triggered_test_set(clean_test, trigger)
+            self.sets["cross"] = crossed(clean_test, trigger) if cross else None
+        self.normalization, self.precision, self.batch_size = normalization, precision, batch_size
+
+    def __call__(self, network: nn.Module) -> Report:
+        """Measure one network on every set that is known.
+
+        Raises:
+            InputError: the loss is NaN or infinite, as after a training that diverged.
+        """
+        network = inference_copy(network, self.precision)
+        report = Report(
+            **{
+                name: evaluate(network, images, self.normalization, self.precision, self.batch_size) if images else None
+                for name, images in self.sets.items()
+            }
+        )
+        if not math.isfinite(report.clean.loss):
+            raise InputError(
+                f"the network's loss on clean images is {report.clean.loss}: it diverged; try a lower --lr"
+            )
+        return report
+
+
+def crossed(images: ImageSet, trigger: Trigger) -> ImageSet:
+    """Return every image with the trigger of the next one and its own label."""
+    others = torch.arange(1, len(images) + 1) % len(images)
+    return replace(images, images=trigger.stamp(images.images, others))

@@ -1,0 +1,206 @@
+"""SGD over epochs of augmented batches (Wu & Wang, NeurIPS 2021, section 5.1)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data.augment import make_transform
+from data.datasets import ImageSet, Normalization
+from data.triggers import Trigger
+from engine.drive import Means
+from engine.runtime import autocast
+from utils.config import Config, Range, checked, setting
+from utils.seeding import seeded_generator
+
+COLUMNS = {
+    "epoch": "5d",
+    "lr": "7.5f",
+    "train loss": "8.4f",
+    "train acc %": "8.2f",
+    "clean loss": "8.4f",
+    "C-Acc %": "7.2f",
+    "ASR %": "7.2f",
+    "seconds": "8.0f",
+}
+WARM_UP = 0.3  # share of the one-cycle schedule in which the learning rate rises
+DECAY = 0.1  # factor at each milestone of the step schedule
+
+
+@dataclass(frozen=True)
+class TrainConfig(Config):
+    """Settings of a training; the defaults are the paper's.
+
+    Attributes:
+        precision: data type of the autocast, float32 or bfloat16; weights stay float32.
+
+    The other attributes are described where they are declared.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    epochs: int = setting(200, "epochs", Range(1), flag="--epoch")
+    batch_size: int = setting(128, "images in a batch", Range(2, 100_000))
+    lr: float = setting(0.1, "learning rate; the peak of one-cycle", Range(0, open_low=True))
+    lr_schedule: str = setting(
+        "step",
+        "step: x0.1 after the epochs of --schedule, as published; one-cycle: up for 30 % of the run, then down to 0, "
+        "further in fewer epochs",
+        choices=("step", "one-cycle"),
+    )
+    milestones: tuple[float, ...] = setting(
+        (100, 150), "epochs after which the step schedule drops the rate", Range(0), flag="--schedule", metavar="N"
+    )
+    momentum: float = checked(0.9, Range(0, 1, open_high=True))
+    weight_decay: float = checked(5e-4, Range(0))
+    seed: int = setting(0, "decides weights, poisoned images, order and augmentation", Range(0))
+    precision: torch.dtype = torch.float32
+
+    def learning_rate(self, epoch: float) -> float:
+        """Return the learning rate at a time counted in epochs from 0."""
+        if self.lr_schedule == "step":
+            return self.lr * DECAY ** sum(epoch >= milestone for milestone in self.milestones)
+        done = epoch / self.epochs
+        return self.lr * min(done / WARM_UP, (1 - done) / (1 - WARM_UP))
+
+
+def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.SGD:
+    """Return the SGD of the paper: momentum and weight decay on all parameters."""
+    return torch.optim.SGD(
+        network.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of all parameters."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+class TrainingLoop:
+    """Epochs of batches in an order that depends on seed and epoch alone; base of every training.
+
+    Args:
+        network: trained in place.
+        train: the images of an epoch.
+        normalization: of the network's input.
+        flip: whether augmentation may mirror images.
+        config: the settings.
+
+    Attributes:
+        batches: in an epoch; those of ``engine.drive.Loop`` beside.
+    """
+
+    title, unit = "training", "batch"
+    columns = COLUMNS
+
+    def __init__(
+        self, network: nn.Module, train: ImageSet, normalization: Normalization, flip: bool, config: TrainConfig
+    ):
+        self.network, self.train, self.normalization, self.config = network, train, normalization, config
+        self.device = train.images.device
+        self.transform = make_transform(normalization, flip)
+        self.optimizer = make_optimizer(network, config)
+        self.means = Means(2, self.device)  # loss and accuracy
+        self.batches = -(-len(train) // config.batch_size)
+        self.total, self.done = config.epochs * self.batches, 0
+
+    def train_batch(self, index: Tensor, epoch: int, batch: int) -> tuple[Tensor, Tensor]:
+        """Make one update.
+
+        Args:
+            index: int64 (B,); the images of the batch.
+            epoch, batch: counted from 0.
+
+        Returns:
+            Mean loss of the batch and number of right answers, 0-dimensional.
+        """
+        raise NotImplementedError
+
+    def learning_rate(self, epoch: float) -> float:
+        """Return the learning rate at a time counted in epochs from 0."""
+        return self.config.learning_rate(epoch)
+
+    def draw_trigger(self, images: ImageSet) -> Trigger | None:
+        """Return the trigger for each of some images, for attacks that learn it with the network."""
+        return None
+
+    def is_trained(self) -> bool:
+        """Say whether the network has been trained at all yet, so that it is worth measuring."""
+        return True
+
+    def companions(self) -> dict[str, dict[str, Tensor]]:
+        """Return the state_dicts of other networks to be saved, by file name."""
+        return {}
+
+    def order(self, epoch: int, name: str = "order") -> tuple[Tensor, ...]:
+        """Return the batches of an epoch: int64 (B,) each."""
+        generator = seeded_generator(self.config.seed, name, epoch)
+        order = torch.randperm(len(self.train), generator=generator).to(self.device)
+        return order.split(self.config.batch_size)
+
+    def augmented(self, images: Tensor, epoch: int, batch: int, name: str = "augmentation") -> Tensor:
+        """Augment and normalise one batch: uint8 (B, H, W, 3) -> float32 (B, 3, H, W)."""
+        generator = seeded_generator(self.config.seed, name, epoch, batch, device=self.device)
+        return self.transform(images, generator)
+
+    def time(self, epoch: int, batch: int) -> float:
+        """Return the middle of a batch, counted in epochs from 0."""
+        return epoch + (batch + 0.5) / self.batches
+
+    def steps(self) -> Iterator[int]:
+        """See ``engine.drive.Loop``; yields the number of images of each batch."""
+        while self.done < self.total:
+            epoch, start = divmod(self.done, self.batches)
+            for batch, index in list(enumerate(self.order(epoch)))[start:]:
+                loss, right = self.train_batch(index, epoch, batch)
+                count = index.shape[-1]
+                self.means.add(loss, right / count, weight=count)
+                self.done += 1
+                yield count
+
+    def due(self) -> bool:
+        """A row belongs after every epoch."""
+        return self.done > 0 and self.done % self.batches == 0
+
+    def row(self) -> dict[str, Any]:
+        """Return epoch, learning rate, and the means of the epoch."""
+        epoch = self.done // self.batches
+        loss, accuracy = self.means.take()
+        row = {"epoch": epoch, "lr": self.learning_rate(epoch - 0.5), "train loss": loss}
+        return row | ({"train acc %": accuracy and 100 * accuracy} if self.is_trained() else {})
+
+    # What a resumed run needs, by the names of the attributes.
+    parts: tuple[str, ...] = ("network", "optimizer", "means")
+
+    def state_dict(self) -> dict[str, Any]:
+        """See ``engine.drive.Loop``."""
+        return {"done": self.done, **{name: getattr(self, name).state_dict() for name in self.parts}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See ``engine.drive.Loop``."""
+        self.done = state["done"]
+        for name in self.parts:
+            getattr(self, name).load_state_dict(state[name])
+
+
+class SgdLoop(TrainingLoop):
+    """SGD on a training set that stays as it is."""
+
+    def train_batch(self, index: Tensor, epoch: int, batch: int) -> tuple[Tensor, Tensor]:
+        """See ``TrainingLoop``."""
+        self.network.train()
+        images, labels = self.train.images[index], self.train.labels[index]  # (B, H, W, 3), (B,)
+        images = self.augmented(images, epoch, batch)  # (B, 3, H, W)
+        set_learning_rate(self.optimizer, self.learning_rate(self.time(epoch, batch)))
+        with autocast(self.device, self.config.precision):
+            logits = self.network(images)  # (B, classes)
+        loss = F.cross_entropy(logits.float(), labels)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return loss, (logits.argmax(1) == labels).sum()
