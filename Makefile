@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := save/demo
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-all lint format tables clean
 
 .venv/.ready: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv
@@ -20,11 +20,18 @@ demo: .venv/.ready
 	@ls $(DEMO)/*.png
 
 test: lint
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: lint
 	$(BIN)/python -m pytest
 
 lint: .venv/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m benchmarks.tables --check
+
+tables: .venv/.ready
+	$(BIN)/python -m benchmarks.tables
 
 format: .venv/.ready
 	$(BIN)/ruff check --fix .

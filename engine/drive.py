@@ -15,7 +15,7 @@ class Loop(Protocol):
 
     Attributes:
         title, unit: of the progress bar.
-        columns: of the log, with their formats; the first tells rows apart.
+        columns: of the log, with their formats.
         total: steps of the whole loop.
         done: steps made so far.
     """
@@ -95,18 +95,20 @@ def drive(run: Run, loop: Loop, measure: Callable[[], Report | None]) -> Iterato
     if run.saved:
         loop.load_state_dict(run.saved["loop"])
     log = run.table(loop.columns)
-    key = next(iter(loop.columns))
-    run.snapshot = lambda: {"loop": loop.state_dict()}
+    logged = run.saved["logged"] if run.saved else None  # steps done at the last row
+    run.snapshot = lambda: {"loop": loop.state_dict(), "logged": logged}
 
     def rows():
+        nonlocal logged
         if not loop.due():
             return
         report = measure()
         with run.uninterrupted():  # the sums must go exactly when the row comes
             row = {**dict.fromkeys(loop.columns), **loop.row(), **(report.row() if report else {})}
             row["seconds"] = run.seconds
-            if not log.rows or log.rows[-1][key] != row[key]:
+            if logged != loop.done:
                 log.add(row)
+                logged = loop.done
         yield row, report
 
     yield from rows()

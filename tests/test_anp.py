@@ -1,21 +1,28 @@
 import copy
+import io
 import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision.transforms.functional as TF
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.plain import PlainMasks
-from data.augment import normalize
-from data.datasets import SYNTHETIC_NORMALIZATION
+from data.augment import normalize, random_crop_flip
+from data.datasets import CIFAR10_NORMALIZATION, SYNTHETIC_NORMALIZATION, ImageSet
 from data.synthetic import draw_images
-from defenses import AnpConfig, AnpState, mask_values, optimize_masks
+from defenses import AnpConfig, AnpState, mask_values, optimize_masks, score
 from defenses import anp as module
-from defenses.anp import _iterate, apply_masks, draw_batch
+from defenses.anp import MaskLoop, _iterate, apply_masks, draw_batch
+from engine.cuda_graph import record
 from formats.checkpoints import load_strictly, read_state_dict
+from formats.mask_file import read_masks, write_masks
+from formats.subject import Subject
 from models import build_model, convert_noisy_batchnorm, noisy_layers
+from models.neurons import neurons_up_to
 
 
 @pytest.fixture
@@ -47,6 +54,30 @@ def test_equals_the_plain_loop(network, images, labels, changes):
         assert step.loss.item() == pytest.approx(loss, rel=loss_tolerance)
         torch.testing.assert_close(state.mask, plain.mask(), atol=mask_tolerance, rtol=0)
     assert (1 - state.mask).max() > 30 * mask_tolerance or config.steps > 1
+
+
+def test_a_step_reports_what_the_network_was_before_its_update(network, images, labels):
+    noisy, config = convert_noisy_batchnorm(network), settings()
+    masked = apply_masks(network, noisy).train()
+    for step in optimize_masks(noisy, images, labels, config):
+        batch, batch_labels, *_ = draw_batch(images, labels, 300, config, step.iteration - 1)
+        logits = masked(batch)
+        assert step.natural_loss.item() == pytest.approx(F.cross_entropy(logits, batch_labels).item(), rel=1e-4)
+        assert step.accuracy.item() == pytest.approx((logits.argmax(1) == batch_labels).float().mean().item())
+        mixed = 0.2 * step.natural_loss + 0.8 * step.perturbed_loss
+        assert step.loss.item() == pytest.approx(mixed.item(), rel=1e-5)
+        masked = apply_masks(network, noisy).train()
+
+
+def test_losses_are_computed_in_float32_under_bfloat16(network, images, labels):
+    noisy, outputs = convert_noisy_batchnorm(network), []
+    noisy.register_forward_hook(lambda network, inputs, output: outputs.append(output.detach()))
+    config = settings(precision=torch.bfloat16, iterations=1)
+    (step,) = optimize_masks(noisy, images, labels, config)
+    _, batch_labels, *_ = draw_batch(images, labels, 300, config, 0)
+    for loss, logits in ((step.natural_loss, outputs[1]), (step.perturbed_loss, outputs[2])):  # the first: the ascent
+        assert logits.dtype == torch.bfloat16 and loss.dtype == torch.float32
+        assert loss.item() == pytest.approx(F.cross_entropy(logits.float(), batch_labels).item(), rel=1e-6)
 
 
 def test_only_the_masks_change(network, images, labels):
@@ -120,6 +151,19 @@ def test_batches_are_drawn_with_replacement_and_transformed(network, labels):
     assert len(torch.cat(seen).unique()) > 35 and not torch.equal(seen[0], seen[1])
 
 
+def test_the_perturbation_starts_uniformly_in_the_whole_ball(images, labels):
+    _, _, *noise = draw_batch(images, labels, 10_000, settings(), 0)
+    for part in noise:
+        counts = torch.histc(part, 4, -0.4, 0.4)
+        assert part.shape == (10_000,) and counts.sum() == 10_000 and (counts - 2500).abs().max() < 250
+    assert not torch.equal(*noise)
+
+
+def test_labels_stay_with_their_images(labels):
+    batch, batch_labels, *_ = draw_batch(labels.float(), labels, 3, settings(batch_size=64), 0)
+    assert torch.equal(batch, batch_labels.float())
+
+
 def test_resumes_exactly(network, images, labels):
     through, broken = convert_noisy_batchnorm(network), convert_noisy_batchnorm(network)
     list(optimize_masks(through, images, labels, settings()))
@@ -156,6 +200,70 @@ def test_bfloat16_ends_in_the_same_place(trained):
         masks.append(torch.tensor([neuron.mask for neuron in mask_values(noisy)]))
     _, rounding, other_seed = torch.corrcoef(torch.stack(masks))[0].tolist()
     assert rounding > 0.85 and rounding > other_seed, (rounding, other_seed)
+
+
+class Replay:
+    """Records operations on the CPU as a CUDA graph records kernels, and repeats them on the same memory."""
+
+    def __init__(self):
+        self.calls = []
+
+    def warm_up(self, work):
+        work()
+
+    def record(self, work):
+        calls = self.calls
+
+        class Recording(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                output = function(*args, **(kwargs or {}))
+                calls.append((function, args, kwargs or {}, output))
+                return output
+
+        with Recording():
+            return work()
+
+    @torch.no_grad()
+    def replay(self):
+        for function, args, kwargs, output in self.calls:
+            again = function(*args, **kwargs)
+            for old, new in zip(tree_leaves(output), tree_leaves(again), strict=True):
+                if torch.is_tensor(old) and old.data_ptr() != new.data_ptr():  # views and in-place ones are up to date
+                    old.copy_(new)
+
+
+def test_a_recorded_function_is_the_function():
+    def iterate_on(state):
+        def iterate(batch):
+            state.mul_(0.5).add_(batch[0])
+            return state.sum(), 3 * batch[1]
+
+        return iterate
+
+    batches = [(torch.full((2,), float(number)), torch.arange(3) + number) for number in range(4)]
+    states = [torch.ones(2), torch.ones(2)]
+    eager, recorded = iterate_on(states[0]), record(iterate_on(states[1]), states[1:], batches[0], Replay())
+    assert torch.equal(*states), "the warm-up leaves no trace"
+    expected = [tuple(part.clone() for part in eager(batch)) for batch in batches]
+    results = [recorded(batch) for batch in batches]  # kept: a result must outlive the next replay
+    for one, other in zip(expected, results, strict=True):
+        assert all(map(torch.equal, one, other))
+    assert torch.equal(*states) and batches[3][0].tolist() == [3, 3]
+
+
+@pytest.mark.parametrize("changes", [{}, {"steps": 2, "project": True}])
+def test_a_recorded_optimisation_is_the_optimisation(network, images, labels, monkeypatch, changes):
+    def run():
+        noisy = convert_noisy_batchnorm(network)
+        state = AnpState.start(noisy)
+        steps = list(optimize_masks(noisy, images, labels, settings(**changes), state=state))
+        shown = torch.cat([layer.mask for layer in noisy_layers(noisy).values()])
+        return [tuple(vars(step).values()) for step in steps], state.mask, state.momentum, shown
+
+    expected = run()
+    monkeypatch.setattr(module, "replayed", lambda iterate, changed, batch: record(iterate, changed, batch, Replay()))
+    for ours, eager in zip(tree_leaves(run()), tree_leaves(expected), strict=True):
+        assert torch.equal(torch.as_tensor(ours), torch.as_tensor(eager))
 
 
 def test_no_host_sync_inside_an_iteration(network, images, labels):
@@ -211,3 +319,82 @@ def test_any_network_dropout_stays_off(monkeypatch):
     for _ in optimize_masks(noisy, torch.randn(20, 6), torch.arange(20) % 3, settings()):
         assert not noisy[1].training
     assert modes == [(True, False)] * 4
+
+
+# ---- as the scripts run it
+
+
+def subject_of(network, flip=True):
+    """The defender's view of 40 images."""
+    clean = ImageSet(draw_images(40, "train")[0], torch.arange(40) % 10, 10)
+    return Subject(network, CIFAR10_NORMALIZATION, flip, clean, {})
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_batches_are_augmented_and_normalised(network, flip):
+    subject, seen = subject_of(network, flip), []
+    loop = MaskLoop(subject, settings(iterations=2, batch_size=40))
+
+    def transform(pixels, generator):
+        pixels = random_crop_flip(pixels, generator, 4, flip)
+        return torch.stack([
+            TF.normalize(TF.to_tensor(image.numpy()), CIFAR10_NORMALIZATION.mean, CIFAR10_NORMALIZATION.std)
+            for image in pixels
+        ])  # fmt: skip
+
+    loop.noisy.register_forward_hook(lambda network, inputs, output: seen.append(inputs[0]))
+    for number, _ in enumerate(loop.steps()):
+        clean = subject.clean
+        expected, *_ = draw_batch(clean.images, clean.labels, 300, loop.config, number, transform)
+        torch.testing.assert_close(seen[-1], expected, atol=1e-6, rtol=1e-6)
+    assert len(seen) == 2 * 3
+
+
+def rows_of(loop):
+    return [loop.row() for _ in loop.steps() if loop.due()]
+
+
+def test_rows_are_means_since_the_row_before(network):
+    loop, accuracies = MaskLoop(subject_of(network), settings(iterations=5), row_every=2), []
+    assert loop.due() and loop.row()["iteration"] == 0 and loop.row()["loss"] is None
+    rows = []
+    for step in loop.steps():
+        accuracies.append(100 * step.accuracy.item())
+        if loop.due():
+            rows.append(loop.row())
+    assert [row["iteration"] for row in rows] == [2, 4, 5]
+    a, b, c, d, e = accuracies
+    assert [row["batch acc %"] for row in rows] == pytest.approx([(a + b) / 2, (c + d) / 2, e])
+    for row in rows:
+        assert row["loss"] == pytest.approx(0.2 * row["natural loss"] + 0.8 * row["perturbed loss"], rel=1e-5)
+    assert rows[-1]["masks <= 0.2"] == sum(neuron.mask <= 0.2 for neuron in loop.neurons())
+
+
+def test_a_saved_loop_goes_on_exactly(network):
+    config = settings(iterations=5)
+    through, broken, resumed = (MaskLoop(subject_of(network), config, row_every=3) for _ in range(3))
+    expected, file = rows_of(through), io.BytesIO()
+    for _ in itertools.islice(broken.steps(), 2):
+        pass
+    torch.save(broken.state_dict(), file)
+    file.seek(0)
+    resumed.load_state_dict(torch.load(file))
+    assert resumed.done == 2 and resumed.neurons() == broken.neurons(), "the masks are shown at once"
+    assert rows_of(resumed) == expected
+    assert torch.equal(resumed.state.mask, through.state.mask)
+
+
+def test_score_is_the_whole_optimisation(network):
+    subject, config = subject_of(network), settings()
+    loop = MaskLoop(subject, config)
+    list(loop.steps())
+    assert score(subject, config) == loop.neurons() != mask_values(MaskLoop(subject, config).noisy)
+
+
+def test_a_mask_is_the_same_number_in_python_and_in_the_file(network, tmp_path):
+    noisy = convert_noisy_batchnorm(network)
+    noisy.bn1.mask = torch.tensor([0.20004, 0.20006, 0.2, 1.0])
+    neurons = mask_values(noisy)
+    write_masks(tmp_path / "mask_values.txt", neurons, "")
+    assert read_masks(tmp_path / "mask_values.txt", network) == neurons
+    assert [neuron.index for neuron in neurons_up_to(neurons, 0.2)] == [0, 2]

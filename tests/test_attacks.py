@@ -3,6 +3,7 @@
 import copy
 import csv
 import dataclasses
+import io
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.optim import Adam
 
 import optimize_mask_cifar as optimize
 import train_backdoor_cifar as train
@@ -22,16 +24,18 @@ from attacks.image_folder import export_poisoned
 from attacks.input_aware import InputAwareTrainConfig, diversity, mask_loss, mask_of, pattern_of
 from attacks.pgd import pgd
 from attacks.sig import sinusoid
-from data.augment import normalize
+from data.augment import normalize, random_crop_flip, random_rotate
 from data.datasets import SYNTHETIC_NORMALIZATION, Dataset, ImageSet
-from data.triggers import triggered_test_set
+from data.triggers import Trigger, triggered_test_set
 from engine.drive import Means
 from engine.evaluation import Evaluator, crossed, evaluate, inference_copy
 from engine.runtime import Runtime
+from formats.subject import load_surrogate
 from models import ModelConfig, build_model
 from models.generator import Generator
 from utils.errors import InputError
 from utils.files import sha256_of
+from utils.seeding import seeded_generator
 
 FP32 = torch.float32
 STATIC = ["badnets", "badnets-all", "blend", "sig"]
@@ -101,6 +105,18 @@ def test_rates_and_targets_out_of_range(name, images):
     if name != "badnets-all":
         with pytest.raises(InputError, match="--poison-target 10"):
             poison(name, images, poison_target=10)
+
+
+def test_each_image_has_its_own_trigger_however_many_there_are():
+    count = 2500  # stamped in parts
+    pattern = torch.arange(count).remainder(251).to(torch.uint8)[:, None, None, None].expand(count, 2, 2, 1)
+    trigger = Trigger(pattern, torch.ones(count, 2, 2, 1).double(), 1.0, None)
+    black = torch.zeros(count, 2, 2, 3, dtype=torch.uint8)
+    index = torch.arange(count).flip(0)
+    assert torch.equal(trigger.stamp(black, index), pattern.flip(0).expand(count, 2, 2, 3))
+    triggered = triggered_test_set(ImageSet(black, torch.arange(count) % 10, 10), trigger)
+    assert torch.equal(triggered.images[:, 0, 0, 0], pattern[:, 0, 0, 0])
+    assert torch.equal(triggered.labels, torch.arange(1, count + 1) % 10)
 
 
 def test_poison_rate_counts_non_target_images(images):
@@ -229,8 +245,19 @@ def test_clean_label_from_python_is_the_same(tmp_path, images, surrogate, networ
     poisoned = attack.poison(images, 0, network, SYNTHETIC_NORMALIZATION)
     assert torch.equal(poisoned.train.images, from_files.train.images)
     assert set(poisoned.index.tolist()) == set(from_files.index.tolist())
+    in_train_mode = attack.poison(images, 0, network.train(), SYNTHETIC_NORMALIZATION)
+    assert torch.equal(in_train_mode.train.images, poisoned.train.images)
     with pytest.raises(ValueError, match="needs a surrogate"):
         attack.poison(images)
+
+
+def test_a_surrogate_is_loaded_for_evaluation(images, surrogate, network):
+    model = ModelConfig("resnet18", 1 / 16)
+    path = surrogate["clb_surrogate"]
+    loaded, normalization = load_surrogate(path, model, "drawn", images, SYNTHETIC_NORMALIZATION, "of a split")
+    assert not any(module.training for module in loaded.modules()) and normalization == SYNTHETIC_NORMALIZATION
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(loaded(x), network.eval()(x))
 
 
 def test_another_set_is_replaced_only_when_asked(tmp_path, images, surrogate):
@@ -464,11 +491,32 @@ def test_a_joint_step_against_the_formulas(name, some, monkeypatch):
     assert correct == (logits.argmax(1) == expected_labels).sum()
 
 
-def test_the_augmentation_of_the_attack(some):
+@pytest.mark.parametrize("step", ["_mask_step", "_joint_step"])
+def test_both_images_of_a_pair_are_cropped_flipped_and_rotated_anew(some, monkeypatch, step):
+    loop, seen, epoch = loop_of("iab-one", some), [], ["_mask_step", "_joint_step"].index(step)
+    monkeypatch.setattr(loop, step, lambda *given: seen.extend(given[:2]) or (torch.zeros(()), torch.zeros(())))
+    same = torch.arange(50).expand(2, 50)
+    loop.train_batch(same, epoch, 1)
+    for images, name in zip(seen, ("augmentation", "second augmentation"), strict=True):
+        generator = seeded_generator(0, name, epoch, 1)
+        expected = random_rotate(random_crop_flip(some.images[:50], generator, 5), generator, 10)
+        torch.testing.assert_close(images, normalize(expected, SYNTHETIC_NORMALIZATION))
+    assert not torch.equal(*seen)
+
+
+def test_pairs_come_from_two_independent_orders(some):
     loop = loop_of("iab-one", some)
-    one, again, other = (loop.augmented(some.images, 0, batch) for batch in (0, 0, 1))
-    assert torch.equal(one, again) and not torch.equal(one, other)
-    assert not torch.equal(one, normalize(some.images, SYNTHETIC_NORMALIZATION))
+    first, second = torch.cat(loop.order(0), dim=1)
+    assert torch.equal(first.sort().values, torch.arange(200)) and torch.equal(second.sort().values, torch.arange(200))
+    assert (first == second).sum() < 10 and not torch.equal(first, torch.cat(loop.order(1), dim=1)[0])
+
+
+def test_the_generators_are_trained_with_the_published_adam(some):
+    loop = loop_of("iab-one", some)
+    for optimizer, network in ((loop.mask_optimizer, loop.mask_net), (loop.pattern_optimizer, loop.pattern_net)):
+        (group,) = optimizer.param_groups
+        assert group["params"] == list(network.parameters())
+        assert (type(optimizer), group["lr"], group["betas"], group["weight_decay"]) == (Adam, 0.01, (0.5, 0.9), 0)
 
 
 def test_input_aware_rates_out_of_range(some):
@@ -637,7 +685,47 @@ def test_bad_folders(exported, images, damage, message):
     assert "\n" not in str(caught.value)
 
 
-# ---- every entry of the registry, end to end
+# ---- every entry of the registry
+
+
+@pytest.fixture
+def inputs(surrogate, tmp_path, images):
+    """The settings that an attack cannot do without."""
+    export_poisoned(workspace_of(images), ATTACKS["sig"]().poison(images), tmp_path / "set")
+    return {"clean-label": {"clb_steps": 1, **surrogate}, "folder": {"poisoned_dir": str(tmp_path / "set")}}
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_every_training_goes_on_exactly_from_the_middle_of_any_epoch(name, images, inputs, tmp_path):
+    train_set = images[torch.arange(100)] if name not in inputs else images
+    poisoned = poison(name, train_set, folder=tmp_path, **inputs.get(name, {}))
+
+    def make_loop(seed):
+        torch.manual_seed(seed)
+        attack = ATTACKS[name].from_given(inputs.get(name, {}))
+        config = attack.train_config(epochs=2, batch_size=50)
+        dataset = Dataset("drawn", SYNTHETIC_NORMALIZATION, True, train_set, train_set)
+        small = dataclasses.replace(poisoned, train=poisoned.train[torch.arange(100)])
+        return attack.make_loop(build_model("resnet18", 10, 1 / 16), small, dataset, config)
+
+    def rows(loop):
+        return [loop.row() for _ in loop.steps() if loop.due()]
+
+    through = make_loop(0)
+    states = [io.BytesIO() for _ in range(through.total)]
+    expected = []
+    for state, _ in zip(states, through.steps(), strict=True):
+        torch.save(through.state_dict(), state)
+        expected += [through.row()] if through.due() else []
+    assert [row["epoch"] for row in expected] == [1, 2]
+    for done in (1, 3):
+        states[done - 1].seek(0)
+        resumed = make_loop(1)
+        resumed.load_state_dict(torch.load(states[done - 1]))
+        assert rows(resumed) == expected[done // 2 :]
+        for part in ("network", *(["mask_net", "pattern_net"] if name.startswith("iab") else [])):
+            ours, through_it = getattr(resumed, part).state_dict(), getattr(through, part).state_dict()
+            assert all(torch.equal(value, through_it[key]) for key, value in ours.items()), part
 
 
 COMMON = ["--dataset", "tiny", "--widen-factor", "0.0625", "--epoch", "2", "--batch-size", "128", "--threads", "1"]
@@ -656,6 +744,7 @@ def flags(request, tmp_path, trained):
     return [*COMMON, "--poison-type", request.param, *needed.get(request.param, [])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "flags"), [(name, name) for name in ATTACKS], indirect=["flags"], ids=ATTACKS)
 def test_every_attack_end_to_end(name, flags, tmp_path, monkeypatch):
     folder = tmp_path / "out"
@@ -686,6 +775,21 @@ def test_every_attack_end_to_end(name, flags, tmp_path, monkeypatch):
     assert train.main([*flags, "--output-dir", str(interrupted), "--resume"]) == 0
     for file in files:
         assert (interrupted / file).read_bytes() == (folder / file).read_bytes(), file
+
+
+@pytest.mark.parametrize("name", ["benign", "sig", "iab-all"])
+def test_what_step_1_leaves_in_its_folder(name, tmp_path):
+    flags = [*COMMON, "--poison-type", name, "--poison-rate", "0.5"]
+    assert train.main([*(flags[:-2] if name == "benign" else flags), "--output-dir", str(tmp_path)]) == 0
+    card = json.loads((tmp_path / "last_model.json").read_text())
+    figures = {"benign": [], "sig": ["attack_success_rate"]}
+    assert list(card["metrics"]) == [
+        "clean_accuracy",
+        *figures.get(name, ["attack_success_rate", "cross_trigger_accuracy"]),
+    ]
+    files = {path.name for path in tmp_path.glob("*.th")} - {"last_model.th", "model_init.th"}
+    assert files == {"benign": set(), "sig": {"trigger_info.th"}}.get(name, {"trigger_info.th", "generators.th"})
+    assert (tmp_path / "clean_and_triggered.png").exists() == (name != "benign")
 
 
 def test_a_built_set_trains_the_same_network_again(trained, tmp_path):

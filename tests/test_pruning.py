@@ -8,8 +8,8 @@ from benchmarks.plain import plain_evaluate
 from data.augment import normalize
 from data.datasets import SYNTHETIC_NORMALIZATION, ImageSet
 from data.synthetic import draw_images
-from defenses.pruning import largest_within_drop, number_points, threshold_points
-from engine.evaluation import evaluate, inference_copy
+from defenses.pruning import ChoiceConfig, SweepConfig, choose, largest_within_drop, number_points, threshold_points
+from engine.evaluation import Evaluator, Metrics, Report, evaluate, inference_copy
 from engine.sweep import SweepLoop
 from models import ARCHITECTURES, build_model
 from models.neurons import Neuron, PruningPoint, neurons_up_to, prune_neurons, pruned_copy, sort_neurons
@@ -91,9 +91,75 @@ def test_sweep_measures_the_pruned_network(network):
     assert torch.equal(network.bn1.weight, weight)
 
 
+def weights_as_report(pruned):
+    """Stands for an evaluation: tells every pruned network from the others."""
+    return Report(Metrics(0.0, pruned.bn1.weight.sum().item()), None, None)
+
+
+def test_a_saved_sweep_goes_on_exactly(network):
+    masks = sort_neurons(neurons(0.3, 0.0, 0.2, 0.9))
+    through, broken, resumed = (
+        SweepLoop(network, masks, threshold_points(masks, 0.5, 0.1), weights_as_report) for _ in range(3)
+    )
+    list(through.steps())
+    for _ in zip(range(4), broken.steps(), strict=False):
+        pass
+    resumed.load_state_dict(broken.state_dict())
+    assert resumed.done == 4
+    list(resumed.steps())
+    assert resumed.rows == through.rows
+
+
+def test_any_point_is_reported_as_it_was_pruned(network):
+    masks = sort_neurons(neurons(0.3, 0.0, 0.2, 0.9))
+    loop = SweepLoop(network, masks, threshold_points(masks, 0.2, 0.2), weights_as_report)
+    list(loop.steps())
+    for count in range(5):
+        expected = weights_as_report(pruned_copy(network, masks[:count]))
+        assert loop.report_of(PruningPoint(count, None, None)) == expected
+
+
+@pytest.mark.parametrize(("by", "column"), [("threshold", "threshold"), ("number", "mask")])
+def test_a_row_of_the_sweep_says_what_was_pruned(network, by, column):
+    masks = sort_neurons(neurons(0.3, 0.0, 0.2, 0.9))
+    points = SweepConfig(by, pruning_max={"threshold": 0.2, "number": 3}[by]).points(masks)
+    loop = SweepLoop(network, masks, points, weights_as_report)
+    rows = [loop.row() for _ in loop.steps()]
+    assert column in loop.columns and loop.columns.keys() <= {
+        *rows[0],
+        "defender acc %",
+        "clean loss",
+        "C-Acc %",
+        "ASR %",
+    }
+    assert rows[0]["pruned"] == 0 and rows[0][column] is None and len(rows) == loop.total == 1 + len(points)
+    last = {"pruned": 3, "pruned %": 75, "layer": "bn1", "neuron": 0, "mask": 0.3, "threshold": None}
+    if by == "threshold":
+        last = {"pruned": 2, "pruned %": 50, "layer": "bn1", "neuron": 2, "mask": 0.2, "threshold": 0.2}
+    assert rows[-1] == last
+
+
 def test_operating_point_from_clean_accuracy():
     accuracies = [0.9, 0.9, 0.89, 0.87, 0.875, 0.5]
     assert [largest_within_drop(accuracies, drop) for drop in (0.03, 0.01, 0, 1)] == [4, 2, 1, 5]
+
+
+@pytest.mark.parametrize(
+    ("config", "count", "words"),
+    [
+        (ChoiceConfig(), 2, "prune every neuron with mask <= 0.2"),
+        (ChoiceConfig(threshold=0.3), 3, "prune every neuron with mask <= 0.3"),
+        (ChoiceConfig(threshold=0.0), 1, "prune every neuron with mask <= 0"),
+        (ChoiceConfig(max_acc_drop=2), 1, "prune every neuron with mask <= 0.1"),
+        (ChoiceConfig(max_acc_drop=5), 2, "prune every neuron with mask <= 0.2"),
+        (ChoiceConfig(max_acc_drop=100), 3, "prune every neuron with mask <= 0.3"),
+    ],
+)
+def test_choice(config, count, words):
+    masks = sort_neurons(neurons(0.3, 0.0, 0.2, 0.9))
+    points = [PruningPoint(0, None, None), *threshold_points(masks, 0.3, 0.1)]
+    choice = choose(masks, points, [0.90, 0.90, 0.885, 0.86, 0.5], config)
+    assert (choice.point.count, choice.words) == (count, words)
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50", "vgg19_bn", "MobileNetV2"])
@@ -110,6 +176,28 @@ def test_folding_computes_the_same(arch):
     assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
     torch.testing.assert_close(folded(images), network(images), atol=1e-4, rtol=1e-4)
     assert arch in ARCHITECTURES and any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+
+
+class Watched(nn.Module):
+    """Refuses to run in train mode; cannot be traced, and so not folded."""
+
+    def forward(self, x):
+        assert not self.training
+        return x if x.sum() > 0 else x + 0
+
+
+@pytest.mark.parametrize("last", [nn.Identity(), Watched()], ids=["folded", "unfolded"])
+def test_a_network_in_train_mode_is_evaluated_in_eval_mode(last):
+    torch.manual_seed(0)
+    body = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout(0.5), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    network = nn.Sequential(*body, last, nn.Linear(8, 10)).train()
+    images = ImageSet(*draw_images(40, "test"), 10)
+    evaluator = Evaluator(images, None, SYNTHETIC_NORMALIZATION, torch.float32)
+    before, report = copy.deepcopy(network.state_dict()), evaluator(network)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    inputs = normalize(images.images, SYNTHETIC_NORMALIZATION)
+    expected = nn.functional.cross_entropy(network.eval()(inputs), images.labels).item()
+    assert report.clean.loss == pytest.approx(expected, rel=1e-4) and report == evaluator(network.train())
 
 
 def test_evaluation_is_the_mean_over_samples(network):

@@ -33,9 +33,10 @@ def parse(command):
     """Parse a `python ...` command line as the program does; a bad one ends in SystemExit."""
     program, *words = [word for word in shlex.split(command, comments=True)[1:] if word != "-m"]
     module = PROGRAMS[program]
-    return (
-        module.parse_arguments(words) if hasattr(module, "parse_arguments") else module.build_parser().parse_args(words)
-    )
+    if not hasattr(module, "parse_arguments"):
+        return module.build_parser().parse_args(words)
+    parsed = module.parse_arguments(words)
+    return parsed[0] if isinstance(parsed, tuple) else parsed
 
 
 def blocks(language):

@@ -1,0 +1,3 @@
+MUTATIONS=[]
+from pathlib import Path
+ROOT = Path(__file__).parents[1]

@@ -1,0 +1,152 @@
+"""Step 1's loop against plain PyTorch: updates, order, augmentation, rows, resume in the middle of an epoch."""
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision.transforms.functional as TF
+from torch import nn
+
+from benchmarks.plain import plain_train
+from data.augment import random_crop_flip
+from data.datasets import CIFAR10_NORMALIZATION, ImageSet
+from engine.training import SgdLoop, TrainConfig
+from tests.mutations import MUTATIONS, ROOT
+from utils.seeding import seeded_generator
+
+BATCHES = 4  # of an epoch: 16, 16, 16 and 2 images
+
+
+@pytest.fixture(scope="module")
+def images():
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (50, 10, 10, 3), generator=generator, dtype=torch.uint8)
+    return ImageSet(pixels, torch.arange(50) % 5, 5)
+
+
+def loop_of(images, flip=True, weights=0, **changes):
+    torch.manual_seed(weights)
+    body = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2)
+    network = nn.Sequential(*body, nn.Flatten(), nn.Linear(32, 5))
+    config = TrainConfig(**{"epochs": 3, "batch_size": 16, "milestones": (), **changes})
+    return SgdLoop(network, images, CIFAR10_NORMALIZATION, flip, config)
+
+
+def augmented(pixels, seed, epoch, batch):
+    pixels = random_crop_flip(pixels, seeded_generator(seed, "augmentation", epoch, batch), padding=4)
+    mean, std = CIFAR10_NORMALIZATION.mean, CIFAR10_NORMALIZATION.std
+    return torch.stack([TF.normalize(TF.to_tensor(image.numpy()), mean, std) for image in pixels])
+
+
+def test_equals_plain_sgd(images):
+    loop = loop_of(images)
+    reference = copy.deepcopy(loop.network)
+    batches = [
+        (augmented(images.images[index], 0, epoch, batch), images.labels[index])
+        for epoch in range(3)
+        for batch, index in enumerate(loop.order(epoch))
+    ]
+    assert list(loop.steps()) == [16, 16, 16, 2] * 3
+    plain_train(reference, batches)
+    for name, value in reference.state_dict().items():
+        torch.testing.assert_close(loop.network.state_dict()[name], value, atol=1e-5, rtol=1e-5, msg=name)
+
+
+def test_rows_are_means_over_the_images_of_one_epoch(images):
+    loop, logits, rows = loop_of(images), [], []
+    loop.network.register_forward_hook(lambda network, inputs, output: logits.append(output.detach()))
+    for _ in loop.steps():
+        if loop.due():
+            rows.append(loop.row())
+    assert len(rows) == 3
+    for epoch, row in enumerate(rows):
+        answers = torch.cat(logits[BATCHES * epoch : BATCHES * (epoch + 1)])
+        labels = images.labels[torch.cat(loop.order(epoch))]
+        loss, right = F.cross_entropy(answers, labels).item(), (answers.argmax(1) == labels).sum().item()
+        assert row == pytest.approx({"epoch": epoch + 1, "lr": 0.1, "train loss": loss, "train acc %": 2 * right})
+
+
+def test_a_row_is_due_after_every_epoch_and_only_then(images):
+    loop = loop_of(images)
+    due = [loop.due(), *(loop.due() for _ in loop.steps())]
+    assert [number for number, is_due in enumerate(due) if is_due] == [4, 8, 12]
+
+
+def test_every_epoch_has_every_image_once_in_an_order_of_its_own(images):
+    orders = [torch.cat(loop_of(images, seed=seed).order(epoch)).tolist() for seed in (0, 1) for epoch in (0, 1)]
+    assert all(sorted(order) == list(range(50)) for order in orders)
+    assert len(set(map(tuple, orders))) == 4
+    assert torch.cat(loop_of(images, weights=1).order(0)).tolist() == orders[0]
+
+
+def test_every_batch_is_augmented_anew(images):
+    batches = [
+        loop_of(images, seed=seed).augmented(images.images, epoch, batch)
+        for seed, epoch, batch in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))
+    ]
+    assert not any(torch.equal(one, two) for n, one in enumerate(batches) for two in batches[:n])
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_images_are_mirrored_only_where_the_dataset_allows_it(images, flip):
+    rising = torch.arange(10, dtype=torch.uint8)[None, None, :, None].expand(50, 10, 10, 3)
+    batch = loop_of(images, flip).augmented(rising, 0, 0)
+    mirrored = batch[:, 0, 4, 5] < batch[:, 0, 4, 4]  # wherever the crop lies, these are pixels of the image
+    assert mirrored.any() == flip and not mirrored.all()
+
+
+def test_step_schedule():
+    config = TrainConfig()
+    rates = [config.learning_rate(epoch) for epoch in (0, 99.9, 100, 149.9, 150, 199.9)]
+    assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+
+
+def test_one_cycle_schedule():
+    config = TrainConfig(epochs=10, lr=0.2, lr_schedule="one-cycle", milestones=())
+    rates = [config.learning_rate(epoch) for epoch in (0, 1.5, 3, 6.5, 10)]
+    assert rates == pytest.approx([0, 0.1, 0.2, 0.1, 0])
+
+
+def test_every_batch_is_updated_at_the_rate_of_its_middle(images):
+    loop = loop_of(images, lr_schedule="one-cycle")
+    rates = [loop.optimizer.param_groups[0]["lr"] for _ in loop.steps()]
+    assert rates == pytest.approx([loop.config.learning_rate((batch + 0.5) / BATCHES) for batch in range(12)])
+    loop = loop_of(images, milestones=(1, 2))
+    rows = [loop.row()["lr"] for _ in loop.steps() if loop.due()]
+    assert rows == pytest.approx([0.1, 0.01, 0.001])
+
+
+def test_the_loss_is_computed_in_float32_under_bfloat16(images):
+    loop, seen = loop_of(images, precision=torch.bfloat16), []
+    loop.network.register_forward_hook(lambda network, inputs, output: seen.append(output.detach()))
+    loss, _ = loop.train_batch(torch.arange(16), 0, 0)
+    assert seen[0].dtype == torch.bfloat16 and loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(F.cross_entropy(seen[0].float(), images.labels[:16]).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("interrupted_after", [2, 4, 6])
+def test_resumes_exactly(images, interrupted_after):
+    def rows(loop):
+        return [loop.row() for _ in loop.steps() if loop.due()]
+
+    through, broken, resumed = loop_of(images), loop_of(images), loop_of(images, weights=1)
+    expected, file, before = rows(through), io.BytesIO(), []
+    for _ in broken.steps():
+        if broken.due():
+            before.append(broken.row())
+        if broken.done == interrupted_after:
+            break
+    torch.save(broken.state_dict(), file)
+    file.seek(0)
+    resumed.load_state_dict(torch.load(file))
+    assert before + rows(resumed) == expected
+    for name, value in through.network.state_dict().items():
+        assert torch.equal(resumed.network.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
+def test_the_text_that_a_mutation_replaces_is_there_once(mutation):
+    assert (ROOT / mutation.file).read_text().count(mutation.old) == 1
+    assert mutation.new != mutation.old
