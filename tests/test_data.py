@@ -3,8 +3,8 @@ import pytest
 import torch
 import torchvision.transforms.functional as TF
 
-from data.augment import normalize, random_crop_flip, random_rotate
-from data.datasets import CIFAR10_NORMALIZATION, ImageSet, load_cifar10, load_dataset
+from data.augment import make_transform, normalize, random_crop_flip, random_rotate
+from data.datasets import CIFAR10_NORMALIZATION, ImageSet, Normalization, load_cifar10, load_dataset
 from data.split import attacker_index, defender_index, draw_permutation, read_permutation, split_size
 from data.synthetic import draw_images
 from data.triggers import Trigger, triggered_test_set
@@ -80,6 +80,16 @@ def test_crop_and_flip_are_torchvisions(images):
     assert {top for top, _ in seen} == set(range(9)) and {flip for _, flip in seen} == {True, False}
 
 
+def test_images_that_may_not_be_mirrored():
+    """A traffic sign that says left must not say right: only the crop moves it."""
+    ramp = torch.arange(1, 33, dtype=torch.uint8)[None, None, :, None].expand(64, 32, 32, 3)  # rises to the right
+    for flip, mirrored in ((False, False), (True, True)):
+        cropped = random_crop_flip(ramp, seeded_generator(1), flip=flip)[:, 16, 8:24, 0].int()
+        assert (cropped.diff(dim=1) < 0).any() == mirrored
+    transform = make_transform(CIFAR10_NORMALIZATION, flip=False)
+    assert (transform(ramp, seeded_generator(1))[:, 0, 16, 8:24].diff(dim=1) > 0).all()
+
+
 def test_rotation_is_torchvisions():
     """On smooth pictures, where a pixel taken from the neighbour makes no difference to speak of."""
     ramp = torch.arange(32)[:, None] * 3 + torch.arange(32)[None] * 4
@@ -101,6 +111,17 @@ def test_normalize_is_torchvisions(images):
     ])  # fmt: skip
     torch.testing.assert_close(ours, plain, atol=1e-6, rtol=1e-6)
     assert ours.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_an_evaluation_first_leaves_nothing_that_training_refuses():
+    """The constants are kept; made in inference mode they would break every later backward pass."""
+    own = Normalization((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))  # used nowhere else, so not kept yet
+    pixels = torch.rand(2, 4, 4, 3)
+    with torch.inference_mode():
+        normalize(pixels, own)
+    pixels.requires_grad_()
+    normalize(pixels, own).sum().backward()
+    assert pixels.grad[0, 0, 0].tolist() == pytest.approx([1 / 255 / std for std in own.std])
 
 
 # ---- triggers
@@ -166,6 +187,19 @@ def test_synthetic_set():
     assert images.float().std() > 20
     full = load_dataset("synthetic", "unused")
     assert len(full.train) == 10_000 and len(full.test) == 2_000
+
+
+def test_cifar10_is_read_once(monkeypatch):
+    read = []
+
+    class Part:
+        def __init__(self, root, train=True, download=False):
+            read.append(train)
+            self.data, self.targets = np.zeros((2, 32, 32, 3), np.uint8), [0, 1]
+
+    monkeypatch.setattr("data.datasets.CIFAR10", Part)
+    dataset = load_cifar10("anywhere")
+    assert read == [True, False] and dataset.flip and dataset.num_classes == 10
 
 
 def test_cifar10_offline(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@ import io
 import json
 import pickle
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -172,6 +173,15 @@ def test_added_triggers_round_trip(tmp_path):
     assert trigger.mode == "add" and torch.equal(trigger.pattern, pattern)
 
 
+def test_a_large_trigger_keeps_its_data_types(tmp_path):
+    """One pattern and mask an image: as float64 a file of 72 MB would take half a gigabyte."""
+    parts = torch.zeros(7, 32, 32, 3, dtype=torch.uint8), torch.rand(7, 32, 32, 1), 1.0, torch.zeros(7).long()
+    save_trigger(tmp_path / "trigger_info.th", Trigger(*parts), torch.zeros(0))
+    trigger = load_trigger(tmp_path / "trigger_info.th", 10)
+    assert trigger.pattern.dtype == torch.uint8 and trigger.mask.dtype == torch.float32
+    assert torch.equal(trigger.mask, parts[1])
+
+
 def test_trigger_file_without_an_entry(tmp_path):
     path = tmp_path / "trigger_info.th"
     torch.save({"trigger_pattern": torch.zeros(1)}, path)
@@ -243,6 +253,37 @@ def test_card_goes_with_its_file(tmp_path, network):
         card_path(path).write_text(text)
         with pytest.raises(InputError, match="not a card"):
             read_card(path)
+
+
+def test_a_card_may_name_what_is_not_known_here(tmp_path, network):
+    """Networks and datasets from elsewhere have cards too; whoever has to build one refuses it then."""
+    path = tmp_path / "model.th"
+    save_with_card(path, network.state_dict(), {"arch": "alexnet", "dataset": "svhn", "num_classes": 43})
+    assert read_card(path)["arch"] == "alexnet"
+
+
+def test_a_run_killed_between_card_and_checkpoint_leaves_no_file_without_a_card(tmp_path, network, monkeypatch):
+    path, original = tmp_path / "model.th", Path.replace
+
+    def killed_after_one(source, target):
+        result = original(source, target)
+        monkeypatch.setattr(Path, "replace", dead)
+        return result
+
+    def dead(source, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", killed_after_one)
+    with pytest.raises(KeyboardInterrupt):
+        save_with_card(path, network.state_dict(), {})
+    assert not path.exists() and card_path(path).exists()
+    monkeypatch.setattr(Path, "replace", original)
+    save_with_card(path, network.state_dict(), {})
+    monkeypatch.setattr(Path, "replace", killed_after_one)
+    with pytest.raises(KeyboardInterrupt):
+        save_with_card(path, {"other": torch.ones(1)}, {})
+    with pytest.raises(InputError, match="damaged or replaced"):
+        read_card(path)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,16 @@ import torch
 import torchvision
 from torch import nn
 
-from models import ARCHITECTURES, build_model, convert_noisy_batchnorm, noisy_layers
+from formats.mask_file import read_masks, write_masks
+from models import (
+    ARCHITECTURES,
+    NoisyBatchNorm,
+    build_model,
+    convert_noisy_batchnorm,
+    mask_values,
+    neurons_up_to,
+    noisy_layers,
+)
 
 NEURONS = {
     "resnet18": 4800,
@@ -33,6 +42,12 @@ def test_forward_and_widen_factor(arch):
     published = {"MobileNetV2": 32}.get(arch, 64)
     assert first.num_features == published // 4
     assert sum(p.numel() for p in narrow.parameters()) < sum(p.numel() for p in wide.parameters())
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "vgg19_bn", "MobileNetV2"])
+@pytest.mark.parametrize("size", [(64, 64), (48, 32)])
+def test_any_image_size(arch, size):
+    assert build_model(arch, 7, 0.125).eval()(torch.randn(2, 3, *size)).shape == (2, 7)
 
 
 def test_state_dict_names_are_the_published_ones():
@@ -154,6 +169,34 @@ def test_what_cannot_be_masked():
         convert_noisy_batchnorm(nn.Sequential(nn.Conv2d(3, 4, 1), Own(4)))
     with pytest.raises(ValueError, match="no size yet"):
         convert_noisy_batchnorm(nn.Sequential(nn.LazyBatchNorm2d()))
+
+
+def test_hooks_stay_hooks():
+    norm, seen = nn.BatchNorm2d(4), []
+    norm.register_forward_hook(lambda module, inputs, output: seen.append(type(module)) or 2 * output)
+    norm.register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1,))
+    network, x = nn.Sequential(norm).eval(), torch.randn(2, 4, 3, 3)
+    expected = network(x)
+    assert torch.equal(convert_noisy_batchnorm(network)(x), expected)
+    assert seen == [nn.BatchNorm2d, NoisyBatchNorm]
+
+
+def test_a_converted_layer_shares_tensors_and_nothing_else():
+    norm = nn.BatchNorm2d(4)
+    noisy = NoisyBatchNorm(norm)
+    assert noisy.weight is norm.weight and noisy.running_mean is norm.running_mean
+    assert "mask" not in norm._buffers and not norm._non_persistent_buffers_set
+
+
+def test_a_mask_prunes_the_same_from_python_and_from_a_file(tmp_path):
+    """Rounded once: 0.20004 is 0.2000 in the file, and pruned at 0.2 in both."""
+    noisy = convert_noisy_batchnorm(nn.Sequential(nn.BatchNorm2d(3)))
+    noisy[0].mask = torch.tensor([0.20004, 0.20006, 0.19996])
+    neurons = mask_values(noisy)
+    write_masks(tmp_path / "masks.txt", neurons, "abc")
+    read = read_masks(tmp_path / "masks.txt", noisy)
+    assert [neuron.index for neuron in neurons_up_to(neurons, 0.2)] == [0, 2]
+    assert read == neurons
 
 
 def test_without_running_statistics():
