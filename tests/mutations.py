@@ -1,3 +1,819 @@
-MUTATIONS=[]
+"""Break the code in one place after the other and see whether the tests notice.
+
+All, or those whose name contains one of the words given (a copy of the checkout is changed, never the checkout):
+    python -m tests.mutations [NAME ...]
+
+Prints one row a mutation and ends with status 1 if one survives, or if its text is no longer there exactly once.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
 from pathlib import Path
+from typing import NamedTuple
+
 ROOT = Path(__file__).parents[1]
+LIMIT = 120  # seconds a mutation; one that makes a loop endless is killed by it
+PASSED, FAILED = 0, 1  # exit statuses of pytest; others mean that no test ran
+
+
+class Mutation(NamedTuple):
+    """A change: ``old``, once in ``file``, becomes ``new``, which ``tests`` must notice: a file and a -k expression."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+def _of(file: str, *mutations: tuple[str, str, str, str]) -> list[Mutation]:
+    return [Mutation(name, file, old, new, tests) for name, old, new, tests in mutations]
+
+
+MUTATIONS = [
+    *_of(
+        "engine/training.py",
+        (
+            "step 1: weight decay 0",
+            "weight_decay=config.weight_decay",
+            "weight_decay=0",
+            "test_training.py -k plain_sgd",
+        ),
+        ("step 1: no momentum", "momentum=config.momentum,", "momentum=0,", "test_training.py -k plain_sgd"),
+        ("step 1: gradients never zeroed", "        self.optimizer.zero_grad()\n", "", "test_training.py -k plain_sgd"),
+        (
+            "step 1: BatchNorm in eval mode",
+            "        self.network.train()\n",
+            "        self.network.eval()\n",
+            "test_training.py -k plain_sgd",
+        ),
+        (
+            "step 1: cross entropy in bf16",
+            "F.cross_entropy(logits.float(), labels)",
+            "F.cross_entropy(logits, labels)",
+            "test_training.py -k bfloat16",
+        ),
+        (
+            "step 1: accuracy inverted",
+            "(logits.argmax(1) == labels)",
+            "(logits.argmax(1) != labels)",
+            "test_training.py -k rows_are_means",
+        ),
+        (
+            "step 1: rows are means over batches",
+            "loss, right / count, weight=count",
+            "loss, right / count",
+            "test_training.py -k rows_are_means",
+        ),
+        ("step 1: one-cycle peak at 50 %", "WARM_UP = 0.3", "WARM_UP = 0.5", "test_training.py -k one_cycle"),
+        (
+            "step 1: milestones one epoch late",
+            "epoch >= milestone",
+            "epoch >= milestone + 1",
+            "test_training.py -k step_schedule",
+        ),
+        (
+            "step 1: rate drops just after its milestone",
+            "epoch >= milestone",
+            "epoch > milestone",
+            "test_training.py -k step_schedule",
+        ),
+        (
+            "step 1: learning rate of a batch's beginning",
+            "(batch + 0.5) / self.batches",
+            "batch / self.batches",
+            "test_training.py -k middle",
+        ),
+        (
+            "step 1: schedule never applied",
+            "        set_learning_rate(self.optimizer, self.learning_rate(self.time(epoch, batch)))\n",
+            "",
+            "test_training.py -k middle",
+        ),
+        (
+            "step 1: learning rate logged of the next epoch",
+            "self.learning_rate(epoch - 0.5)",
+            "self.learning_rate(epoch)",
+            "test_training.py -k middle",
+        ),
+        (
+            "step 1: same order in every epoch",
+            "seeded_generator(self.config.seed, name, epoch)",
+            "seeded_generator(self.config.seed, name)",
+            "test_training.py -k order_of_its_own",
+        ),
+        (
+            "step 1: order ignores the seed",
+            "seeded_generator(self.config.seed, name, epoch)",
+            "seeded_generator(0, name, epoch)",
+            "test_training.py -k order_of_its_own",
+        ),
+        (
+            "step 1: same augmentation in every epoch",
+            "name, epoch, batch, device",
+            "name, batch, device",
+            "test_training.py -k anew",
+        ),
+        (
+            "step 1: last short batch dropped",
+            "return order.split(self.config.batch_size)",
+            "return order.split(self.config.batch_size)[:-1]",
+            "test_training.py -k order_of_its_own",
+        ),
+        (
+            "step 1: mirrored although the dataset forbids it",
+            "make_transform(normalization, flip)",
+            "make_transform(normalization, True)",
+            "test_training.py -k mirrored",
+        ),
+        (
+            "step 1: row one batch early",
+            "self.done > 0 and self.done % self.batches == 0",
+            "self.done > 0 and (self.done + 1) % self.batches == 0",
+            "test_training.py -k due",
+        ),
+        (
+            "step 1: resumed without the epoch's sums",
+            '("network", "optimizer", "means")',
+            '("network", "optimizer")',
+            "test_training.py -k resumes",
+        ),
+        (
+            "step 1: resumed without momentum",
+            '("network", "optimizer", "means")',
+            '("network", "means")',
+            "test_training.py -k resumes",
+        ),
+        (
+            "step 1: resumed epoch begins anew",
+            "list(enumerate(self.order(epoch)))[start:]",
+            "list(enumerate(self.order(epoch)))",
+            "test_training.py -k resumes",
+        ),
+    ),
+    *_of(
+        "engine/drive.py",
+        (
+            "drive: sums not reset after a row",
+            "        self.sums.zero_()\n        self.weight = 0\n        return",
+            "        return",
+            "test_training.py -k rows_are_means",
+        ),
+        ("drive: row logged twice", "if logged != loop.done:", "if True:", "test_drive.py -k interrupted"),
+        (
+            "drive: row with the same first column dropped",
+            "if logged != loop.done:",
+            "if not log.rows or next(iter(log.rows[-1].values())) != next(iter(row.values())):",
+            "test_drive.py -k every_row",
+        ),
+        (
+            "drive: last logged row forgotten",
+            'loop.state_dict(), "logged": logged}',
+            'loop.state_dict(), "logged": None}',
+            "test_drive.py -k interrupted",
+        ),
+        (
+            "drive: interrupted row lost",
+            'loop.state_dict(), "logged": logged}',
+            'loop.state_dict(), "logged": loop.done}',
+            "test_drive.py -k interrupted",
+        ),
+        (
+            "drive: no row before the first step",
+            "    yield from rows()\n    for _",
+            "    for _",
+            "test_drive.py -k every_row",
+        ),
+        (
+            "drive: saved state ignored",
+            '        loop.load_state_dict(run.saved["loop"])\n',
+            "        pass\n",
+            "test_drive.py -k killed",
+        ),
+        (
+            "drive: measured only where the row is new",
+            "report = measure()",
+            "report = measure() if logged != loop.done else None",
+            "test_drive.py -k interrupted",
+        ),
+    ),
+    *_of(
+        "engine/cuda_graph.py",
+        (
+            "graph: state not restored after the warm-up",
+            "        part.copy_(value)\n",
+            "        pass\n",
+            "test_anp.py -k recorded",
+        ),
+        (
+            "graph: state restored from itself",
+            "before = [part.clone() for part in changed]",
+            "before = list(changed)",
+            "test_anp.py -k recorded",
+        ),
+        (
+            "graph: inputs never refreshed",
+            "            static.copy_(fresh)\n",
+            "            pass\n",
+            "test_anp.py -k recorded",
+        ),
+        (
+            "graph: results overwritten by the next replay",
+            "tuple(output.clone() for output in outputs)",
+            "outputs",
+            "test_anp.py -k recorded",
+        ),
+    ),
+    *_of(
+        "defenses/anp.py",
+        (
+            "step 2: momentum not restored after the warm-up",
+            "changed = state.mask, state.momentum\n",
+            "changed = (state.mask,)\n",
+            "test_anp.py -k recorded",
+        ),
+        (
+            "step 2: noise from 0..eps",
+            "(config.eps * (2 * noise - 1))",
+            "(config.eps * noise)",
+            "test_anp.py -k whole_ball",
+        ),
+        (
+            "step 2: cross entropy in bf16",
+            "logits = network(images).float()",
+            "logits = network(images)",
+            "test_anp.py -k float32_under_bfloat16",
+        ),
+        (
+            "step 2: no augmentation",
+            "self.config, self.transform, self.state):",
+            "self.config, lambda x, _: ((x / 255 - 0.45) / 0.2).permute(0, 3, 1, 2), self.state):",
+            "test_anp.py -k augmented",
+        ),
+        (
+            "step 2: another dataset's std",
+            "make_transform(subject.normalization,",
+            "make_transform(type(subject.normalization)(subject.normalization.mean, (0.25,) * 3),",
+            "test_anp.py -k augmented",
+        ),
+        (
+            "step 2: mirrored although the dataset forbids it",
+            "make_transform(subject.normalization, subject.flip)",
+            "make_transform(subject.normalization, True)",
+            "test_anp.py -k augmented",
+        ),
+        (
+            "step 2: natural and perturbed loss swapped",
+            "return loss, natural_loss.detach(), perturbed_loss.detach(), accuracy",
+            "return loss, perturbed_loss.detach(), natural_loss.detach(), accuracy",
+            "test_anp.py -k step_reports",
+        ),
+        (
+            "step 2: accuracy inverted",
+            "(logits.argmax(1) == labels)",
+            "(logits.argmax(1) != labels)",
+            "test_anp.py -k step_reports",
+        ),
+        (
+            "step 2: alpha and 1 - alpha swapped in the gradient",
+            "config.alpha * gradient + (1 - config.alpha) * perturbed_gradient",
+            "(1 - config.alpha) * gradient + config.alpha * perturbed_gradient",
+            "test_anp.py -k plain_loop",
+        ),
+        (
+            "step 2: alpha and 1 - alpha swapped in the loss",
+            "config.alpha * loss + (1 - config.alpha) * perturbed_loss.detach()",
+            "(1 - config.alpha) * loss + config.alpha * perturbed_loss.detach()",
+            "test_anp.py -k step_reports",
+        ),
+        ("step 2: momentum dropped", "mul_(config.momentum)", "mul_(0)", "test_anp.py -k plain_loop"),
+        ("step 2: masks not clamped", ".clamp_(0, 1)", "", "test_anp.py -k plain_loop"),
+        (
+            "step 2: the perturbation descends",
+            "part + config.eps / config.steps * g.sign()",
+            "part - config.eps / config.steps * g.sign()",
+            "test_anp.py -k ascent",
+        ),
+        (
+            "step 2: ascent steps of eps",
+            "config.eps / config.steps * g",
+            "config.eps * g",
+            "test_anp.py -k noise_bounds",
+        ),
+        ("step 2: never projected", "if config.project:", "if False:", "test_anp.py -k noise_bounds"),
+        (
+            "step 2: running statistics within an iteration",
+            "            layer.train()\n",
+            "            layer.eval()\n",
+            "test_anp.py -k plain_loop",
+        ),
+        (
+            "step 2: dropout on within an iteration",
+            "        for layer in layers:\n            layer.train()\n",
+            "        network.train()\n",
+            "test_anp.py -k dropout",
+        ),
+        (
+            "step 2: noise of scale and shift swapped",
+            "layer.weight_noise, layer.bias_noise = d, x",
+            "layer.weight_noise, layer.bias_noise = x, d",
+            "test_anp.py -k plain_loop",
+        ),
+        (
+            "step 2: same batch in every iteration",
+            '"mask iteration", iteration,',
+            '"mask iteration",',
+            "test_anp.py -k drawn_with_replacement",
+        ),
+        (
+            "step 2: batches ignore the seed",
+            "seeded_generator(config.seed,",
+            "seeded_generator(0,",
+            "test_anp.py -k seed_decides",
+        ),
+        (
+            "step 2: labels of other images",
+            "return batch, labels[index],",
+            "return batch, labels[index.flip(0)],",
+            "test_anp.py -k labels_stay",
+        ),
+        (
+            "step 2: resumed without its running means",
+            '        self.means.load_state_dict(state["means"])\n',
+            "",
+            "test_anp.py -k saved_loop",
+        ),
+        (
+            "step 2: resumed without momentum",
+            '        self.state.momentum.copy_(state["momentum"])\n',
+            "",
+            "test_anp.py -k saved_loop",
+        ),
+        (
+            "step 2: resumed masks not shown",
+            '        self.means.load_state_dict(state["means"])\n        show_masks(self.noisy, self.state)\n',
+            '        self.means.load_state_dict(state["means"])\n',
+            "test_anp.py -k saved_loop",
+        ),
+        (
+            "step 2: row one iteration early",
+            "return self.done % self.row_every == 0",
+            "return (self.done + 1) % self.row_every == 0",
+            "test_anp.py -k since_the_row_before",
+        ),
+        ("step 2: no row at the end", " or self.done == self.total", "", "test_anp.py -k since_the_row_before"),
+    ),
+    *_of(
+        "optimize_mask_cifar.py",
+        (
+            "step 2: eps and alpha swapped",
+            "from_flags(AnpConfig, args, precision=runtime.precision)",
+            "from_flags(AnpConfig, args, precision=runtime.precision, eps=args.anp_alpha, alpha=args.anp_eps)",
+            "test_scripts.py -k every_flag_of_step_2",
+        ),
+        (
+            "step 2: --anp-project ignored",
+            "from_flags(AnpConfig, args, precision=runtime.precision)",
+            "from_flags(AnpConfig, args, precision=runtime.precision, project=False)",
+            "test_scripts.py -k every_flag_of_step_2",
+        ),
+        (
+            "step 2: --seed ignored",
+            "from_flags(AnpConfig, args, precision=runtime.precision)",
+            "from_flags(AnpConfig, args, precision=runtime.precision, seed=0)",
+            "test_scripts.py -k every_flag_of_step_2",
+        ),
+    ),
+    *_of(
+        "train_backdoor_cifar.py",
+        (
+            "step 1: weights ignore the seed",
+            'seeded_weights(args.seed, "initial weights")',
+            'seeded_weights(0, "initial weights")',
+            "test_scripts.py -k test_the_seed_decides and train",
+        ),
+        (
+            "step 1: trains on the defender's images",
+            "held = attacker_index(permutation)",
+            "held = permutation",
+            "test_scripts.py -k attacker_holds",
+        ),
+    ),
+    *_of(
+        "prune_neuron_cifar.py",
+        (
+            "step 3: chooses by test accuracy",
+            "row.report.defender.accuracy",
+            "row.report.clean.accuracy",
+            "test_scripts.py -k operating_point",
+        ),
+        (
+            "step 3: chooses by the ASR",
+            "row.report.defender.accuracy",
+            "1 - row.report.triggered.accuracy",
+            "test_scripts.py -k operating_point",
+        ),
+        (
+            "step 3: neurons in file order",
+            "sort_neurons(read_masks(args.mask_file, subject.network))",
+            "read_masks(args.mask_file, subject.network)[::-1]",
+            "test_scripts.py -k operating_point",
+        ),
+        (
+            "step 3: saves the last network of the sweep",
+            "loop.neurons[: choice.point.count]",
+            "loop.neurons[: loop.points[-1].count]",
+            "test_scripts.py -k operating_point",
+        ),
+    ),
+    *_of(
+        "defenses/pruning.py",
+        (
+            "step 3: the first point within the drop",
+            "return max(number for",
+            "return min(number for",
+            "test_pruning.py -k operating_point or choice",
+        ),
+        (
+            "step 3: drop taken for a share",
+            "config.max_acc_drop / 100",
+            "config.max_acc_drop",
+            "test_pruning.py -k choice",
+        ),
+    ),
+    *_of(
+        "engine/sweep.py",
+        (
+            "sweep: report of another point",
+            "self.rows[-1].point.count == point.count",
+            "self.rows[-1].point.count <= point.count",
+            "test_pruning.py -k measures_the_pruned",
+        ),
+        (
+            "sweep: resumed with an unpruned network",
+            "copy.deepcopy(self.network).eval(), 0",
+            "copy.deepcopy(self.network).eval(), self.rows[-1].point.count if self.rows else 0",
+            "test_pruning.py -k saved_sweep",
+        ),
+        (
+            "sweep: the network itself is pruned",
+            "copy.deepcopy(self.network).eval(), 0",
+            "self.network.eval(), 0",
+            "test_pruning.py -k measures_the_pruned",
+        ),
+        (
+            "sweep: the chosen point reported as the last",
+            "return known[0] if known",
+            "return self.rows[-1].report if known",
+            "test_pruning.py -k any_point",
+        ),
+    ),
+    *_of(
+        "engine/evaluation.py",
+        ("evaluation: in train mode", "_folded(network.eval())", "_folded(network)", "test_pruning.py -k train_mode"),
+        (
+            "evaluation: not normalised",
+            "normalize(images, normalization).to(precision)",
+            "images.permute(0, 3, 1, 2).to(precision)",
+            "test_pruning.py -k mean_over_samples",
+        ),
+        (
+            "evaluation: mean of batch means",
+            'reduction="sum")',
+            'reduction="mean") * batch_size',
+            "test_pruning.py -k mean_over_samples",
+        ),
+        (
+            "evaluation: cross accuracy with an image's own trigger",
+            "torch.arange(1, len(images) + 1)",
+            "torch.arange(len(images))",
+            "test_attacks.py -k trigger_of_each_test_image",
+        ),
+    ),
+    *_of(
+        "models/neurons.py",
+        ("masks: not rounded", "round(mask, MASK_DECIMALS)", "mask", "test_anp.py -k same_number"),
+        (
+            "pruning: threshold excluded",
+            "bisect_right(neurons",
+            "bisect_left(neurons",
+            "test_pruning.py -k thresholds_are_exact",
+        ),
+        (
+            "pruning: the shift is zeroed",
+            "network.get_submodule(layer).weight[indices] = 0",
+            "network.get_submodule(layer).bias[indices] = 0",
+            "test_pruning.py -k gamma",
+        ),
+    ),
+    *_of(
+        "models/noisy_batchnorm.py",
+        (
+            "BatchNorm: running statistics drift",
+            "F.batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)",
+            "F.batch_norm(x, self.running_mean, self.running_var, weight, bias, True, 0.1, self.eps)",
+            "test_models.py -k plain_batchnorm",
+        ),
+        (
+            "BatchNorm: the mask scales the shift too",
+            "bias = self.bias * (1 + self.bias_noise) if self.perturbed else self.bias",
+            "bias = self.bias * (1 + self.bias_noise) if self.perturbed else self.bias * self.mask",
+            "test_models.py -k effective",
+        ),
+    ),
+    *_of(
+        "formats/subject.py",
+        (
+            "defender gets the attacker's images",
+            "defender_index(permutation, config.val_frac)",
+            "defender_index(permutation.flip(0), config.val_frac)",
+            "test_scripts.py -k defender_holds",
+        ),
+        (
+            "networks loaded in train mode",
+            "network.to(memory_format=torch.channels_last).eval()",
+            "network.to(memory_format=torch.channels_last)",
+            "test_attacks.py -k loaded_for_evaluation",
+        ),
+        (
+            "evaluated on the training set",
+            "Evaluator(dataset.test, trigger, normalization",
+            "Evaluator(dataset.train, trigger, normalization",
+            "test_scripts.py -k defender_holds",
+        ),
+        (
+            "evaluated with the dataset's normalisation",
+            "Evaluator(dataset.test, trigger, normalization",
+            "Evaluator(dataset.test, trigger, dataset.normalization",
+            "test_scripts.py -k normalisation",
+        ),
+        (
+            "normalisation of the card ignored",
+            'getattr(config, name), known.get(name)) for name in ("mean", "std")',
+            'getattr(config, name), None) for name in ("mean", "std")',
+            "test_scripts.py -k normalisation",
+        ),
+        (
+            "defender mirrors whatever the dataset says",
+            "normalization, dataset.flip, clean, described",
+            "normalization, True, clean, described",
+            "test_scripts.py -k mirrored",
+        ),
+    ),
+    *_of(
+        "data/split.py",
+        (
+            "split: the defender's share from the end",
+            "return permutation[:count]",
+            "return permutation.flip(0)[:count]",
+            "test_data.py -k split_of_the_paper",
+        ),
+    ),
+    *_of(
+        "data/triggers.py",
+        (
+            "trigger: wrong beyond image 1,000",
+            "index[part].cpu()",
+            "index[: len(images[part])].cpu()",
+            "test_attacks.py -k own_trigger_however",
+        ),
+        (
+            "trigger: all-to-all aims one class too far",
+            "(images.labels + 1) % images",
+            "(images.labels + 2) % images",
+            "test_attacks.py -k own_trigger_however",
+        ),
+        (
+            "trigger: images of the target class count",
+            "clean_test.labels != target)",
+            "clean_test.labels >= 0)",
+            "test_data.py -k leaves_out_the_target",
+        ),
+        (
+            "trigger: opacity ignored",
+            "(kept + self.alpha * pattern)",
+            "(kept + pattern)",
+            "test_data.py -k stamping_formula",
+        ),
+    ),
+    *_of(
+        "data/augment.py",
+        ("augmentation: never mirrored", "    if flip:\n", "    if False:\n", "test_data.py -k crop_and_flip"),
+        ("augmentation: always mirrored", "    if flip:\n", "    if True:\n", "test_training.py -k mirrored"),
+    ),
+    *_of(
+        "attacks/attack.py",
+        (
+            "attacks: drawn from the target class",
+            "draw_poisoned(train.labels != self.poison_target",
+            "draw_poisoned(train.labels == self.poison_target",
+            "test_attacks.py -k what_is_poisoned",
+        ),
+        (
+            "attacks: same images whatever the seed",
+            'seeded_generator(seed, "poisoned images")',
+            'seeded_generator(0, "poisoned images")',
+            "test_attacks.py -k which_images",
+        ),
+        (
+            "attacks: the given set itself is stamped",
+            "images, new = train.images.clone(), train",
+            "images, new = train.images, train",
+            "test_attacks.py -k stays_as_it_is",
+        ),
+        (
+            "attacks: every label becomes the target",
+            "new[index_there] = labels[index_there]",
+            "new = labels",
+            "test_attacks.py -k what_is_poisoned",
+        ),
+        (
+            "attacks: trained as if any dataset could be mirrored",
+            "dataset.normalization, dataset.flip, config",
+            "dataset.normalization, True, config",
+            "test_scripts.py -k mirrored",
+        ),
+    ),
+    *_of(
+        "attacks/sig.py",
+        (
+            "SIG: drawn from other classes",
+            "train.labels == self.poison_target",
+            "train.labels != self.poison_target",
+            "test_attacks.py -k what_is_poisoned and sig",
+        ),
+        (
+            "SIG: labels change",
+            '"add"), index)',
+            '"add"), index, (train.labels + 1) % 10)',
+            "test_attacks.py -k what_is_poisoned and sig",
+        ),
+    ),
+    *_of(
+        "attacks/clean_label.py",
+        (
+            "clean-label: labels change",
+            "return stamp_and_relabel(replace(train, images=images), self._trigger(train), index)",
+            "return stamp_and_relabel(train, self._trigger(train), index, (train.labels + 1) % 10)",
+            "test_attacks.py -k from_python",
+        ),
+        (
+            "clean-label: the surrogate is not made ready",
+            "network = inference_copy(surrogate, precision).requires_grad_(False)",
+            "network = surrogate.requires_grad_(False)",
+            "test_attacks.py -k from_python",
+        ),
+        (
+            "clean-label: drawn from other classes",
+            "draw_poisoned(train.labels == self.poison_target",
+            "draw_poisoned(train.labels != self.poison_target",
+            "test_attacks.py -k label_builds",
+        ),
+    ),
+    *_of(
+        "attacks/pgd.py",
+        (
+            "PGD: images become easier",
+            "images.detach() + step_size",
+            "images.detach() - step_size",
+            "test_attacks.py -k raises_the_loss",
+        ),
+        ("PGD: outside its ball", ".clamp(low, high)", ".clamp(0, 255)", "test_attacks.py -k raises_the_loss"),
+    ),
+    *_of(
+        "attacks/input_aware.py",
+        (
+            "input-aware: no rotation",
+            "PADDING, DEGREES = 5, 10.0",
+            "PADDING, DEGREES = 5, 0.0",
+            "test_attacks.py -k rotated",
+        ),
+        (
+            "input-aware: padding 4",
+            "PADDING, DEGREES = 5, 10.0",
+            "PADDING, DEGREES = 4, 10.0",
+            "test_attacks.py -k rotated",
+        ),
+        ("input-aware: Adam of the textbook", "(0.5, 0.9)", "(0.9, 0.999)", "test_attacks.py -k adam"),
+        (
+            "input-aware: both augmentations equal",
+            '"second augmentation")',
+            '"augmentation")',
+            "test_attacks.py -k rotated",
+        ),
+        (
+            "input-aware: both orders equal",
+            '("order", "second order")',
+            '("order", "order")',
+            "test_attacks.py -k independent_orders",
+        ),
+        (
+            "input-aware: gradients pile up",
+            "        optimizer.zero_grad()\n",
+            "        pass\n",
+            "test_attacks.py -k last_step_alone",
+        ),
+        (
+            "input-aware: cross images with the attacker's label",
+            "labels = torch.cat([targets, labels[own:]])",
+            "labels = torch.cat([targets, self.attack.targets(replace(self.train, labels=labels[own:]))])",
+            "test_attacks.py -k against_the_formulas",
+        ),
+        (
+            "input-aware: cross images with their own trigger",
+            "self._apply(images_1[own:end], images_2[own:end])",
+            "self._apply(images_1[own:end], images_1[own:end])",
+            "test_attacks.py -k against_the_formulas",
+        ),
+        (
+            "input-aware: the mask generator learns on",
+            "self.pattern_net.train(), self.mask_net.eval()",
+            "self.pattern_net.train(), self.mask_net.train()",
+            "test_attacks.py -k own_networks",
+        ),
+        (
+            "input-aware: resumed without the mask's optimiser",
+            '"optimizer", "mask_optimizer", "pattern_optimizer"',
+            '"optimizer", "pattern_optimizer"',
+            "test_attacks.py -k goes_on_exactly and iab",
+        ),
+        (
+            "input-aware: resumed without the pattern's optimiser",
+            '"optimizer", "mask_optimizer", "pattern_optimizer"',
+            '"optimizer", "mask_optimizer"',
+            "test_attacks.py -k goes_on_exactly and iab",
+        ),
+    ),
+]
+
+
+def copy_checkout(to: Path) -> None:
+    """Copy all files that git knows or would add."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-coz", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True
+    )
+    for name in filter(None, listed.stdout.decode().split("\0")):
+        if (ROOT / name).is_file():
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, to / name)
+
+
+def run_tests(file: str, expression: str, folder: Path, limit: float) -> int | None:
+    """Return pytest's exit status, None where it took too long."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:randomly", "-p", "no:cacheprovider"]
+    command += [f"tests/{file}", "-k", expression]
+    # Without compiled files: a change within the same second would not be noticed.
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    try:
+        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=limit).returncode
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def fails_without_mutation(chosen: list[Mutation], folder: Path) -> bool:
+    """Say whether some test fails as it is, and so would kill anything."""
+    expressions = defaultdict(set)
+    for each in chosen:
+        file, expression = each.tests.split(" -k ")
+        expressions[file].add(f"({expression})")
+    runs = (run_tests(file, " or ".join(sorted(of)), folder, 20 * LIMIT) for file, of in expressions.items())
+    return any(status != PASSED for status in runs)
+
+
+def outcome(mutation: Mutation, folder: Path) -> str:
+    """Apply a mutation in a copy of the checkout, run its tests, and take it back."""
+    path = folder / mutation.file
+    text = path.read_text()
+    if text.count(mutation.old) != 1:
+        return "NOT FOUND" if mutation.old not in text else "NOT UNIQUE"
+    path.write_text(text.replace(mutation.old, mutation.new))
+    status = run_tests(*mutation.tests.split(" -k "), folder, LIMIT)
+    path.write_text(text)
+    return {PASSED: "SURVIVED", FAILED: "killed", None: "killed by time"}.get(status, f"NO TEST RAN ({status})")
+
+
+def main(words: list[str]) -> int:
+    """Try the mutations whose names contain one of the words, or all; return the exit status."""
+    chosen = [each for each in MUTATIONS if not words or any(word in each.name for word in words)]
+    width, escaped = max(len(each.name) for each in MUTATIONS), 0
+    with tempfile.TemporaryDirectory() as name:
+        copy_checkout(Path(name))
+        if fails_without_mutation(chosen, Path(name)):
+            print("the tests fail without a mutation")
+            return 1
+        for each in chosen:
+            started = time.monotonic()
+            found = outcome(each, Path(name))
+            escaped += not found.startswith("killed")
+            print(f"{each.name:{width}}  {found:14}  {time.monotonic() - started:5.1f} s", flush=True)
+    print(f"{len(chosen) - escaped} of {len(chosen)} killed")
+    return int(escaped > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

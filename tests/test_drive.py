@@ -11,12 +11,15 @@ from engine.evaluation import Metrics, Report
 from utils.run import Run
 from utils.signals import Interrupted
 
+COLUMNS = {"always": "6d", "sum": "3d", "C-Acc %": "7.2f", "seconds": "8.0f"}
+REPORT = Report(Metrics(0.5, 0.9), None, None)
+
 
 class Adding:
     """Adds up the numbers of its steps; every row has the same first column."""
 
     title, unit = "adding", "step"
-    columns = {"always": "6d", "sum": "3d", "C-Acc %": "7.2f", "seconds": "8.0f"}
+    columns = COLUMNS
     total = 6
 
     def __init__(self, fails_at=None):
@@ -78,9 +81,8 @@ def test_every_row_that_is_due_is_logged_and_yielded(tmp_path):
 
 def test_a_row_has_what_was_measured(tmp_path):
     rows = []
-    report = Report(Metrics(0.5, 0.9), None, None)
-    carry(tmp_path, Adding(), lambda: report, lambda row, report: rows.append((row["C-Acc %"], report)))
-    assert rows == [(90, report)] * 4
+    carry(tmp_path, Adding(), lambda: REPORT, lambda row, report: rows.append((row["C-Acc %"], report)))
+    assert rows == [(90, REPORT)] * 4
     rows.clear()
     carry(tmp_path, Adding(), handle=lambda row, report: rows.append((row["C-Acc %"], report)))
     assert rows == [(None, None)] * 4
@@ -92,9 +94,11 @@ def test_a_row_that_was_interrupted_comes_again_and_is_logged_once(tmp_path, pla
     """In the first case it was not logged yet; in the second it was, but its checkpoint may not be written."""
     with pytest.raises(Interrupted):
         carry(tmp_path, Adding(), **{place: nth(number, Interrupted())})
-    seen = carry(tmp_path, Adding(), resume=True)
+    reports = []
+    seen = carry(tmp_path, Adding(), lambda: REPORT, lambda row, report: reports.append(report), resume=True)
     assert logged(tmp_path) == [0, 3, 7, 11]
     assert len(seen) == 4 - (number - 1) and seen[1:] == [0, 3, 7, 11][number:]
+    assert reports == [REPORT] * len(seen)
 
 
 @pytest.mark.parametrize("step", [2, 3, 6])
