@@ -3,6 +3,8 @@
 python tests/small.py train --epoch 2 ...
 """
 
+import os
+import signal
 import sys
 
 import optimize_mask_cifar
@@ -10,6 +12,7 @@ import prune_neuron_cifar
 import train_backdoor_cifar
 from data.datasets import DATASETS, SYNTHETIC_NORMALIZATION, Dataset, ImageSet
 from data.synthetic import draw_images
+from engine.drive import Means
 from utils import run
 
 
@@ -17,6 +20,19 @@ def register(name: str, train: int, test: int) -> None:
     """Add a synthetic dataset of another size to the registry."""
     parts = ImageSet(*draw_images(train, "train"), 10), ImageSet(*draw_images(test, "test"), 10)
     DATASETS[name] = lambda root: Dataset(name, SYNTHETIC_NORMALIZATION, True, *parts)
+
+
+def interrupt_after(patch, batches):
+    """Send this process a SIGINT in the middle of a training step."""
+    counted, original = [], Means.add
+
+    def add(means, *values, **weight):
+        original(means, *values, **weight)
+        counted.append(1)
+        if len(counted) == batches:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    patch.setattr(Means, "add", add)
 
 
 def main() -> int:

@@ -6,8 +6,6 @@ import dataclasses
 import io
 import json
 import math
-import os
-import signal
 
 import numpy as np
 import pytest
@@ -27,12 +25,12 @@ from attacks.sig import sinusoid
 from data.augment import normalize, random_crop_flip, random_rotate
 from data.datasets import SYNTHETIC_NORMALIZATION, Dataset, ImageSet
 from data.triggers import Trigger, triggered_test_set
-from engine.drive import Means
 from engine.evaluation import Evaluator, crossed, evaluate, inference_copy
 from engine.runtime import Runtime
 from formats.subject import load_surrogate
 from models import ModelConfig, build_model
 from models.generator import Generator
+from tests.small import interrupt_after
 from utils.errors import InputError
 from utils.files import sha256_of
 from utils.seeding import seeded_generator
@@ -817,16 +815,3 @@ def test_inputs_are_not_overwritten(trained, tmp_path, capsys):
     ):
         assert train.main([*COMMON, *flags, "--output-dir", str(tmp_path), "--overwrite"]) == 1
         assert message in capsys.readouterr().err
-
-
-def interrupt_after(patch, batches):
-    """Send this process a SIGINT in the middle of a training step."""
-    counted, original = [], Means.add
-
-    def add(means, *values, **weight):
-        original(means, *values, **weight)
-        counted.append(1)
-        if len(counted) == batches:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    patch.setattr(Means, "add", add)

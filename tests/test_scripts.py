@@ -34,7 +34,7 @@ from formats.trigger_file import save_trigger
 from models import Neuron, build_model
 from models.neurons import affine_norms
 from tests.conftest import WIDTH
-from tests.test_attacks import interrupt_after
+from tests.small import interrupt_after
 from utils.errors import InputError
 from utils.files import sha256_of
 
