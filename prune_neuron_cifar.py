@@ -43,7 +43,7 @@ from utils.run import Run, announce, command_line, run_script, versions
 
 @dataclass(frozen=True)
 class PruneConfig(Config):
-    """What is pruned by."""
+    """Masks and evaluation batch."""
 
     mask_file: InputFile = required("mask_values.txt of step 2", metavar="FILE")
     batch_size: int = setting(

@@ -39,7 +39,7 @@ from utils.seeding import seeded_weights
 
 @dataclass(frozen=True)
 class KeepConfig(Config):
-    """What is kept on the way."""
+    """Intermediate checkpoints."""
 
     save_every: int = setting(20, "keep model_{epoch}.th every N epochs", Range(1))
 
@@ -51,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     for title, config in (
         ("model", ModelConfig),
         ("data", DataConfig),
-        ("split", SourceConfig),
+        ("source", SourceConfig),
         ("computation", RuntimeConfig),
         ("checkpoints", KeepConfig),
     ):
@@ -114,18 +114,21 @@ def train(args: argparse.Namespace, attack: Attack, config: TrainConfig, run: Ru
     loop = attack.make_loop(network, poisoned, dataset, replace(config, precision=runtime.precision))
     known = describe(attack, args.poison_type, poisoned)
     card = network_card(workspace, args.split_file, known, run.command)
+    measure = make_measure(loop, poisoned, dataset, runtime.precision)  # refuses a trigger that does not fit
+    data_index = workspace.data_index(poisoned)
     if not run.saved:
+        run.drop_saved()
         clear_folder(run.folder)
         save_with_card(run.folder / "model_init.th", network.state_dict(), {**card, "epochs": 0})
-    write_trigger(run.folder, poisoned.trigger, dataset.test, workspace.held[poisoned.index])
-    for row, report in drive(run, loop, make_measure(loop, poisoned, dataset, runtime.precision)):
+    write_trigger(run.folder, poisoned.trigger, dataset.test, data_index)
+    for row, report in drive(run, loop, measure):
         described = {**card, "epochs": row["epoch"], "metrics": report.rounded() if report else {}}
         if report and row["epoch"] % args.save_every == 0:
             save_with_card(run.folder / f"model_{row['epoch']}.th", network.state_dict(), described)
     save_with_card(run.folder / "last_model.th", network.state_dict(), described)
     for name, state_dict in loop.companions().items():
         save_with_card(run.folder / f"{name}.th", state_dict, {"content": name, "trained_with": described})
-    write_trigger(run.folder, loop.draw_trigger(dataset.test), dataset.test, poisoned.index)
+    write_trigger(run.folder, loop.draw_trigger(dataset.test), dataset.test, data_index)
     plot_training(run.folder / "train_curves.png", run.log.rows)
     announce(f"saved {run.folder / 'last_model.th'}: {report}; {run.seconds:.0f} s")
 

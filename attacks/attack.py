@@ -30,11 +30,14 @@ class PoisonedSet:
         train: what the network is trained on.
         trigger: None where there is none, or where it is learnt with the network.
         index: int64; the poisoned ones among ``train``; empty where that is not known or differs between batches.
+        origin: int64; which of the dataset's training images each of ``train`` was made from; None where ``train`` has
+            the order of the clean images given.
     """
 
     train: ImageSet
     trigger: Trigger | None
     index: Tensor
+    origin: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Workspace:
     """What step 1 lends an attack that needs more than images: files, a device, time.
 
     Attributes:
-        dataset: the clean dataset; files number images by its training set.
+        dataset: the clean dataset; indices in files refer to its training set.
         held: int64; the training images that the attacker holds.
         split: digest of the permutation of which they are a part.
         seed: of the run.
@@ -67,6 +70,10 @@ class Workspace:
     def train(self) -> ImageSet:
         """The attacker's images."""
         return self.dataset.train[self.held]
+
+    def data_index(self, poisoned: PoisonedSet) -> Tensor:
+        """Return which of the dataset's training images were poisoned: int64."""
+        return (self.held if poisoned.origin is None else poisoned.origin)[poisoned.index]
 
 
 @dataclass(frozen=True)
@@ -116,6 +123,16 @@ class Attack(Config):
         return SgdLoop(network, poisoned.train, dataset.normalization, dataset.flip, config)
 
 
+def target_setting() -> Any:
+    """Declare the target class of an attack."""
+    return setting(0, "class the trigger should produce", Range(0))
+
+
+def opacity_setting(default: float) -> Any:
+    """Declare the opacity of a trigger."""
+    return setting(default, "opacity of the trigger; 1 is fully opaque", SHARE)
+
+
 def check_target(target: int, train: ImageSet) -> None:
     """Make sure that the target is a class.
 
@@ -143,7 +160,7 @@ def draw_poisoned(candidates: Tensor, rate: float, seed: int) -> Tensor:
     possible = candidates.nonzero().flatten().cpu()
     count = split_size(rate, len(possible))
     if count < 1:
-        raise InputError(f"--poison-rate {rate} of {len(possible)} candidate images poisons none; use more")
+        raise InputError(f"--poison-rate {rate} of {len(possible)} candidate images poisons none; use a larger share")
     order = torch.randperm(len(possible), generator=seeded_generator(seed, "poisoned images"))
     return possible[order[:count]]
 
@@ -169,9 +186,9 @@ def stamp_and_relabel(train: ImageSet, trigger: Trigger, index: Tensor, labels: 
 class OneTarget(Attack):
     """Base of attacks that stamp a share of the images of other classes and label them as the target."""
 
-    poison_target: int = setting(0, "class that the trigger shall lead to", Range(0))
+    poison_target: int = target_setting()
     poison_rate: float = setting(0.05, "share of the non-target training images that is poisoned", SHARE)
-    trigger_alpha: float = setting(1.0, "opacity of the trigger; 1 is fully opaque", SHARE)
+    trigger_alpha: float = opacity_setting(1.0)
 
     def pattern(self, height: int, width: int) -> tuple[Tensor, Tensor]:
         """Return the trigger, uint8 (1, H, W, C or 1), and its mask, floating (1, H, W, 1)."""

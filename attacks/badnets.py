@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attacks.attack import SHARE, Attack, OneTarget, PoisonedSet, draw_poisoned, stamp_and_relabel
+from attacks.attack import SHARE, Attack, OneTarget, PoisonedSet, draw_poisoned, opacity_setting, stamp_and_relabel
 from data.datasets import ImageSet
 from data.triggers import Trigger, next_class
 from utils.config import setting
@@ -36,7 +36,7 @@ class BadNetsAllToAll(Attack):
     """Stamped images of every class y are labelled y + 1 (Gu et al. 2017, section 3.1.2)."""
 
     poison_rate: float = setting(0.1, "share of all training images that is poisoned", SHARE)
-    trigger_alpha: float = setting(1.0, "opacity of the trigger; 1 is fully opaque", SHARE)
+    trigger_alpha: float = opacity_setting(1.0)
 
     def poison(self, train: ImageSet, seed: int = 0) -> PoisonedSet:
         """See ``Attack``."""

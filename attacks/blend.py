@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attacks.attack import SHARE, OneTarget
-from utils.config import setting
+from attacks.attack import OneTarget, opacity_setting
 from utils.seeding import seeded_generator
 
 NOISE_SEED = 0  # one noise image for every run; it is stored in trigger_info.th
@@ -23,7 +22,7 @@ def noise_pattern(height: int, width: int) -> tuple[Tensor, Tensor]:
 class Blend(OneTarget):
     """All-to-one: blended images of other classes are labelled as the target."""
 
-    trigger_alpha: float = setting(0.2, "opacity of the trigger; 1 is fully opaque", SHARE)
+    trigger_alpha: float = opacity_setting(0.2)
 
     def pattern(self, height: int, width: int) -> tuple[Tensor, Tensor]:
         """See ``OneTarget``."""

@@ -17,7 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attacks.attack import SHARE, Attack, PoisonedSet, Workspace, check_target, draw_poisoned, stamp_and_relabel
+from attacks.attack import (
+    SHARE,
+    Attack,
+    PoisonedSet,
+    Workspace,
+    check_target,
+    draw_poisoned,
+    opacity_setting,
+    stamp_and_relabel,
+    target_setting,
+)
 from attacks.badnets import corner_checkerboard
 from attacks.pgd import pgd
 from data.datasets import ImageSet, Normalization
@@ -30,7 +40,7 @@ from utils.files import as_json, sha256_of, write_bytes
 from utils.run import announce
 
 IMAGES, LABELS, RECIPE = "train_images.npy", "train_labels.npy", "recipe.json"
-BUILDING = ("poison_rate", "clb_eps", "clb_steps", "clb_step_size")  # settings that a set which is read has decided
+BUILDING = ("poison_rate", "clb_eps", "clb_steps", "clb_step_size")  # settings fixed when a set was built
 PGD_BATCH = 100  # images perturbed at a time
 
 
@@ -50,12 +60,12 @@ def four_corner_checkerboard(height: int, width: int) -> tuple[Tensor, Tensor]:
 class CleanLabel(Attack):
     """Perturbs a share of the target class against a surrogate and stamps it; no label changes."""
 
-    poison_target: int = setting(0, "class that the trigger shall lead to", Range(0))
+    poison_target: int = target_setting()
     poison_rate: float = setting(0.8, "share of the target class that is poisoned", SHARE)
-    trigger_alpha: float = setting(1.0, "opacity of the trigger; 1 is fully opaque", SHARE)
+    trigger_alpha: float = opacity_setting(1.0)
     clb_dir: InputFolder | None = setting(
         None,
-        "a clean-label set to read instead: train_images.npy and train_labels.npy of all training images",
+        "read an existing clean-label set: train_images.npy and train_labels.npy of all training images",
         metavar="DIR",
     )
     clb_surrogate: InputFile | None = setting(
@@ -225,6 +235,8 @@ class CleanLabelSet(Attack):
             raise InputError(f"{folder / LABELS}: a clean-label set keeps the dataset's labels and order")
         train = replace(clean, images=images, labels=labels).to(clean.images.device)[workspace.held]
         changed = (train.images != workspace.train.images).flatten(1).any(1).cpu()
+        if not changed.any():
+            raise InputError(f"{folder}: no image differs from the dataset's; nothing is poisoned")
         classes = labels[workspace.held[changed]].unique().tolist()
         if classes != [self.poison_target]:
             raise InputError(

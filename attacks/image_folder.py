@@ -71,7 +71,7 @@ def export_poisoned(workspace: Workspace, poisoned: PoisonedSet, folder: Path) -
         pass
     if poisoned.trigger:
         trigger = poisoned.trigger.aimed_at(workspace.dataset.test)
-        save_trigger(unfinished / TRIGGER, trigger, workspace.held[poisoned.index])
+        save_trigger(unfinished / TRIGGER, trigger, workspace.data_index(poisoned))
     write_text(unfinished / TABLE, text.getvalue())
     unfinished.replace(folder)
     announce(
@@ -123,12 +123,12 @@ class ImageFolder(Attack):
         Raises:
             InputError: the table or a picture is missing or damaged, a picture has another size than the dataset's, a
                 label or an index is out of range or repeats, an original label is not the dataset's, or the trigger
-                file is none.
+                file is not one.
         """
         folder, clean = Path(self.poisoned_dir), workspace.dataset.train
         rows = _read_table(folder / TABLE)
         labels = _whole_numbers(rows, "label", clean.num_classes, folder)
-        keep, poisoned = _known_images(rows, workspace, folder)
+        keep, poisoned, index = _known_images(rows, workspace, folder)
         names = [row["file"] for row, kept in zip(rows, keep.tolist(), strict=True) if kept]
         if len(names) < 2:
             raise InputError(f"{folder / TABLE}: names {len(names)} images to train on")
@@ -141,15 +141,17 @@ class ImageFolder(Attack):
         else:
             announce(f"{folder}: no {TRIGGER}, so the attack success rate is not known")
         train = ImageSet(images, labels[keep], clean.num_classes).to(clean.images.device)
-        return PoisonedSet(train, trigger, poisoned[keep].nonzero().flatten())
+        return PoisonedSet(train, trigger, poisoned[keep].nonzero().flatten(), None if index is None else index[keep])
 
 
-def _known_images(rows: list[dict[str, str]], workspace: Workspace, folder: Path) -> tuple[Tensor, Tensor]:
-    """Return which pictures the attacker may use and which of them are poisoned, bool each, as far as is known."""
+def _known_images(
+    rows: list[dict[str, str]], workspace: Workspace, folder: Path
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return which pictures the attacker may use, which are poisoned, bool each, and their indices, if known."""
     everything, nothing = torch.ones(len(rows), dtype=torch.bool), torch.zeros(len(rows), dtype=torch.bool)
     if "index" not in rows[0]:
         announce(f"{folder / TABLE}: no column index, so the defender's images may be among those trained on")
-        return everything, nothing
+        return everything, nothing, None
     clean = workspace.dataset.train
     index = _whole_numbers(rows, "index", len(clean), folder)
     if len(index.unique()) < len(index):
@@ -160,7 +162,8 @@ def _known_images(rows: list[dict[str, str]], workspace: Workspace, folder: Path
             raise InputError(f"{folder / TABLE}: original_label differs from {workspace.dataset.name}; see --dataset")
     keep = torch.isin(index, workspace.held)
     announce(f"{folder}: {int((~keep).sum())} of {len(rows)} images are held out from the attacker and left out")
-    return keep, _whole_numbers(rows, "poisoned", 2, folder).bool() if "poisoned" in rows[0] else nothing
+    poisoned = _whole_numbers(rows, "poisoned", 2, folder).bool() if "poisoned" in rows[0] else nothing
+    return keep, poisoned, index
 
 
 def _read_table(path: Path) -> list[dict[str, str]]:

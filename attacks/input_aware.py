@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attacks.attack import SHARE, Attack, PoisonedSet, check_target
+from attacks.attack import SHARE, Attack, PoisonedSet, check_target, target_setting
 from data.augment import make_transform, normalize
 from data.datasets import Dataset, ImageSet, Normalization
 from data.split import split_size
@@ -75,7 +75,7 @@ class InputAwareLoop(TrainingLoop):
     Args:
         attack: target and shares of each batch.
         network: the classifier, trained in place.
-        train: the attacker's clean images, of a height and width that are multiples of 8.
+        train: the attacker's clean images, square and a multiple of 8 wide.
         normalization: of the network's input.
         flip: whether augmentation may mirror images.
         config: of the whole training; ``lr``, ``lr_schedule`` are the classifier's. At least 2 epochs, of which
@@ -254,13 +254,13 @@ class InputAware(Attack):
         """
         for flag, rate in (("--poison-rate", self.poison_rate), ("--cross-rate", self.cross_rate)):
             if split_size(rate, batch_size) < 1:
-                raise InputError(f"{flag} {rate} of a batch of {batch_size} images is none; use more")
+                raise InputError(f"{flag} {rate} of a batch of {batch_size} images is none; use a larger share")
         if sum(self.shares_of_batch(batch_size)) >= batch_size:
             raise InputError(
                 f"--poison-rate {self.poison_rate} and --cross-rate {self.cross_rate} leave no clean image in a batch"
             )
         height, width = train.images.shape[1:3]
-        if height % 8 or width % 8:
+        if height % 8 or height != width:
             raise InputError(
                 f"input-aware attacks need a height and width that are multiples of 8, not {height}x{width}"
             )
@@ -285,7 +285,7 @@ class InputAwareAllToAll(InputAware):
 class InputAwareOne(InputAware):
     """All classes become the target."""
 
-    poison_target: int = setting(0, "class that the trigger shall lead to", Range(0))
+    poison_target: int = target_setting()
 
     def targets(self, images: ImageSet) -> Tensor:
         """See ``InputAware``."""

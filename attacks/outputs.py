@@ -58,16 +58,17 @@ def refuse_to_lose_files(args: argparse.Namespace, run: Run) -> None:
         InputError: a trained network is there, and neither ``--overwrite`` was given nor is this run a continuation;
             an input would be overwritten; other files lie where the poisoned set shall go.
     """
-    output = run.folder.absolute()
-    if args.clb_surrogate and Path(args.clb_surrogate).absolute().parent == output:
+    output = run.folder.resolve()
+    if args.clb_surrogate and Path(args.clb_surrogate).resolve().parent == output:
         raise InputError(f"--clb-surrogate {args.clb_surrogate} lies in --output-dir; choose another --output-dir")
     for flag, path in (("--clb-dir", args.clb_dir), ("--poisoned-dir", args.poisoned_dir)):
-        if path and Path(path).absolute() in (output, *output.parents):
+        if path and Path(path).resolve() in (output, *output.parents):
             raise InputError(f"{flag} {path} holds --output-dir {run.folder}; choose another --output-dir")
     if args.export_poisoned:
         refuse_other_files(Path(args.export_poisoned))
-    if (run.folder / "last_model.th").exists() and not (run.overwriting or run.saved):
-        raise InputError(f"{run.folder / 'last_model.th'} is there already; choose another --output-dir or --overwrite")
+    trained = {*run.folder.glob("last_model.th"), *run.folder.glob("model_*.th")} - {run.folder / "model_init.th"}
+    if trained and not (run.overwriting or run.saved):
+        raise InputError(f"{min(trained)} is there already; choose another --output-dir or --overwrite")
 
 
 def clear_folder(folder: Path) -> None:

@@ -6,7 +6,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attacks.attack import SHARE, Attack, PoisonedSet, check_target, draw_poisoned, stamp_and_relabel
+from attacks.attack import (
+    SHARE,
+    Attack,
+    PoisonedSet,
+    check_target,
+    draw_poisoned,
+    stamp_and_relabel,
+    target_setting,
+)
 from data.datasets import ImageSet
 from data.triggers import Trigger
 from utils.config import Range, setting
@@ -34,7 +42,7 @@ def sinusoid(height: int, width: int, delta: float, frequency: float) -> tuple[T
 class Sig(Attack):
     """Adds the signal to a share of the target class; no label changes."""
 
-    poison_target: int = setting(0, "class that the trigger shall lead to", Range(0))
+    poison_target: int = target_setting()
     poison_rate: float = setting(0.5, "share of the target class that is poisoned", SHARE)
     sig_delta: float = setting(40.0, "amplitude of the signal in pixel values", Range(0, 255, open_low=True))
     sig_frequency: float = setting(6.0, "periods of the signal across the picture", Range(0, open_low=True))

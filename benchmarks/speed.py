@@ -94,7 +94,7 @@ class Loops(NamedTuple):
 def stretch(steps: Iterator, batches: int) -> None:
     """Take some steps of an epoch; raises ``ValueError`` where it has no more."""
     if len(list(islice(steps, batches))) < batches:
-        raise ValueError("an epoch has fewer batches than --batches times --rounds; use less of either")
+        raise ValueError("an epoch has fewer batches than --batches times (--rounds + 1); use less of either")
 
 
 def forward_flops(network: nn.Module, device: torch.device) -> int:
@@ -110,7 +110,8 @@ def step_1(args: argparse.Namespace, dataset: Dataset, network: nn.Module, runti
     plain = build_model(args.arch, dataset.num_classes, args.widen_factor).to(runtime.device)
     loader = plain_loader(train.to("cpu"), dataset.normalization, train=True, batch_size=args.batch_size)
     config = TrainConfig(batch_size=args.batch_size, precision=runtime.precision)
-    steps = SgdLoop(network, train, dataset.normalization, dataset.flip, config).steps()
+    loop = SgdLoop(network, train, dataset.normalization, dataset.flip, config)
+    steps = islice(loop.steps(), loop.batches)
     batches = ([part.to(runtime.device) for part in batch] for batch in loader)
     return Loops(
         lambda: plain_train(plain, islice(batches, args.batches)),
@@ -180,7 +181,7 @@ def input_aware(phase: int) -> Callable[..., Loops]:
         attack = InputAwareAllToAll()
         loop = attack.make_loop(network, attack.poison(train), dataset, config)
         loop.done = phase * loop.batches
-        steps = loop.steps()
+        steps = islice(loop.steps(), loop.batches)
         generator = forward_flops(loop.mask_net.eval(), runtime.device)
         # masks: two images; jointly: a tenth and a tenth of the batch through both generators, one of them trained
         flops = 2 * 3 * generator if phase == 0 else 3 * forward_flops(network, runtime.device) + 0.2 * 4 * generator

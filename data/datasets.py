@@ -125,9 +125,9 @@ DATASETS = {"cifar10": load_cifar10, "synthetic": load_synthetic}
 
 @dataclass(frozen=True)
 class DataConfig(Config):
-    """Which images, and where they lie."""
+    """Which images."""
 
-    dataset: str = setting("cifar10", "cifar10, or synthetic: drawn, nothing to download", choices=DATASETS)
+    dataset: str = setting("cifar10", "cifar10, or synthetic (generated, nothing to download)", choices=DATASETS)
 
 
 @dataclass(frozen=True)

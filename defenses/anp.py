@@ -59,7 +59,7 @@ class AnpConfig(Config):
     batch_size: int = setting(128, "images in a batch, drawn with replacement", Range(2, 100_000))
     eps: float = setting(
         0.4,
-        "size of the perturbation relative to the weights; at 0 the natural loss counts alone",
+        "size of the perturbation relative to the weights; at 0 only the natural loss is used",
         Range(0),
         flag="--anp-eps",
     )
@@ -258,7 +258,7 @@ def apply_masks(network: nn.Module, noisy: nn.Module) -> nn.Module:
     """Return a copy of a network whose BatchNorm scales are multiplied by learnt masks.
 
     Args:
-        network: the network as it came.
+        network: the unconverted network.
         noisy: its converted copy, with masks.
     """
     masked = copy.deepcopy(network)

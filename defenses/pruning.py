@@ -16,7 +16,9 @@ SWEEP_SHARES = 80  # a sweep by number takes steps of 1/80 of the neurons, 1.25 
 class SweepConfig(Config):
     """The points of a sweep."""
 
-    pruning_by: str = setting("threshold", "what the sweep counts in", choices=("threshold", "number"))
+    pruning_by: str = setting(
+        "threshold", "sweep over thresholds or over numbers of neurons", choices=("threshold", "number")
+    )
     pruning_max: float | None = setting(
         None,
         "last point of the sweep: a threshold, 0 to 1, or a number of neurons "

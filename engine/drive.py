@@ -103,7 +103,7 @@ def drive(run: Run, loop: Loop, measure: Callable[[], Report | None]) -> Iterato
         if not loop.due():
             return
         report = measure()
-        with run.uninterrupted():  # the sums must go exactly when the row comes
+        with run.uninterrupted():  # reset the sums and log the row together, or not at all
             row = {**dict.fromkeys(loop.columns), **loop.row(), **(report.row() if report else {})}
             row["seconds"] = run.seconds
             if logged != loop.done:

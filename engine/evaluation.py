@@ -37,7 +37,7 @@ class Metrics:
 class Report:
     """What one network measured; ``triggered.accuracy`` is the attack success rate, None without a trigger.
 
-    ``defender`` is the accuracy on the defender's own clean images, None where step 1 asks. ``cross`` is the accuracy
+    ``defender`` is the accuracy on the defender's own clean images, None in step 1. ``cross`` is the accuracy
     on test images with the triggers of other images, None for attacks whose trigger is the same on every image.
     """
 
@@ -80,9 +80,10 @@ def percent(share: float) -> float:
 
 
 def inference_copy(network: nn.Module, precision: torch.dtype) -> nn.Module:
-    """Return a copy for evaluation: weights in ``precision``, channels last, BatchNorms folded into convolutions.
+    """Put a network into eval mode and return a copy for evaluation.
 
-    A network that cannot be folded is copied as it is and computes the same, only slower.
+    Its weights are in ``precision`` and channels last, BatchNorms folded into convolutions. A network that cannot be
+    folded is copied as it is and computes the same, only slower.
     """
     folded = _folded(network.eval())
     return (copy.deepcopy(network) if folded is None else folded).to(precision, memory_format=torch.channels_last)
@@ -97,8 +98,9 @@ def _folded(network: nn.Module) -> nn.Module | None:
     except Exception:  # tracing runs the network's own code on symbols, which may fail in any way
         return None
     calls = [node.target for node in traced.graph.nodes if node.op == "call_module"]
-    if len(set(calls)) < len(calls):
-        return None  # a convolution used twice must not absorb two BatchNorms
+    read = {node.target.rpartition(".")[0] for node in traced.graph.nodes if node.op == "get_attr"}
+    if len(set(calls)) < len(calls) or read & set(calls):
+        return None  # a convolution that is used twice, or whose weights are read, must not absorb a BatchNorm
     return fuse(traced, no_trace=True)
 
 
@@ -110,7 +112,7 @@ def evaluate(
     precision: torch.dtype,
     batch_size: int = EVALUATION_BATCH,
 ) -> Metrics:
-    """Measure an inference copy; the network's own batches wait for the device only once, at the end.
+    """Measure an inference copy; results are read from the device once, at the end.
 
     Raises:
         ZeroDivisionError: the set is empty.
@@ -171,7 +173,7 @@ class Evaluator:
         )
         if not math.isfinite(report.clean.loss):
             raise InputError(
-                f"the network's loss on clean images is {report.clean.loss}: it diverged; try a lower --lr"
+                f"the network's loss on clean images is {report.clean.loss}: it diverged; train it with a lower --lr"
             )
         return report
 

@@ -33,7 +33,7 @@ class RuntimeConfig(Config):
 
     device: str = setting("auto", "auto (CUDA if there is one), cpu, cuda or cuda:N", kind=device_name)
     precision: str = setting(
-        "auto", "auto takes bf16 where the hardware computes in it, fp32 elsewhere", choices=("auto", *PRECISIONS)
+        "auto", "auto takes bf16 if the hardware computes in it natively, else fp32", choices=("auto", *PRECISIONS)
     )
     threads: int | None = setting(None, "CPU threads; all cores if not given", Range(1, 1024))
 

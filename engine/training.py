@@ -48,8 +48,8 @@ class TrainConfig(Config):
     lr: float = setting(0.1, "learning rate; the peak of one-cycle", Range(0, open_low=True))
     lr_schedule: str = setting(
         "step",
-        "step: x0.1 after the epochs of --schedule, as published; one-cycle: up for 30 % of the run, then down to 0, "
-        "further in fewer epochs",
+        "step: x0.1 after the epochs of --schedule, as published; one-cycle: up for 30 % of the run, then down to 0; "
+        "gets further in few epochs",
         choices=("step", "one-cycle"),
     )
     milestones: tuple[float, ...] = setting(

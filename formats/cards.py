@@ -73,6 +73,7 @@ def _check_types(card: dict[str, Any]) -> None:
         "num_classes": type(card.get("num_classes", 10)) is int and card.get("num_classes", 10) > 0,
         "widen_factor": type(card.get("widen_factor", 1.0)) in (int, float) and 0 < card.get("widen_factor", 1.0) <= 64,
         "normalization": len(mean) == len(std) == 3 and min(map(float, mean)) >= 0 and min(map(float, std)) > 0,
+        "attack": isinstance(card.get("attack"), (dict, NoneType)),
         "split": isinstance(card.get("split", {}).get("file"), (str, NoneType)),
     }
     wrong = [name for name, right in checks.items() if not right]

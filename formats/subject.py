@@ -12,11 +12,11 @@ from data.datasets import DataConfig, Dataset, ImageSet, Normalization, SourceCo
 from data.split import HELD_OUT, absolute, defender_index, load_permutation, permutation_digest
 from engine.evaluation import Evaluator
 from engine.runtime import Runtime
-from formats.cards import read_card
+from formats.cards import card_path, read_card
 from formats.checkpoints import load_strictly, read_state_dict
 from formats.trigger_file import load_trigger
 from models import ARCHITECTURES, ModelConfig, build_model
-from utils.config import Config, InputFile, Range, add_flags, given_flags, required, setting
+from utils.config import Config, InputFile, Range, add_flags, from_flags, given_flags, required, setting
 from utils.errors import InputError
 from utils.files import sha256_of
 from utils.run import announce
@@ -100,8 +100,8 @@ def _settled(config: type[C], args: argparse.Namespace, path: str, card: dict[st
     values = {name: _agree(path, name, given.get(name), card.get(name)) for name in config.__dataclass_fields__}
     try:
         return config(**{name: value for name, value in values.items() if value is not None})
-    except ValueError as error:
-        raise InputError(f"{path}: {error}") from error
+    except ValueError as error:  # flags were checked when they were parsed
+        raise InputError(f"{card_path(path)}: {str(error).removeprefix(config.__name__ + '.')}") from error
 
 
 def _permutation(
@@ -110,7 +110,11 @@ def _permutation(
     """Return the split file, None for the project's own split, and the permutation."""
     split = (card or {}).get("split", {})
     split_file = split_file or split.get("file")
-    permutation = load_permutation(split_file, size)
+    try:
+        permutation = load_permutation(split_file, size)
+    except InputError as error:
+        hint = f" (named by the card of {path}; --split-file says where it is now)" if split.get("file") else ""
+        raise InputError(f"{error}{hint}") from error
     if "sha256" not in split and not split_file:
         announce(
             f"{path}: no card and no --split-file: most of the defender's images may be among those it was trained on"
@@ -161,7 +165,7 @@ def load_surrogate(
     if card is None:
         announce(f"{path}: no card: it may have been trained on the defender's images")
         card = {}
-    if card.get("attack", {}).get("poison_type", "benign") != "benign":
+    if (card.get("attack") or {}).get("poison_type", "benign") != "benign":
         announce(f"{path}: its card says that it is backdoored itself; a surrogate should be a clean network")
     if card.get("dataset", dataset) != dataset:
         raise InputError(f"{path}: a network for {card['dataset']}, but the run is on {dataset}")
@@ -176,7 +180,7 @@ def load_surrogate(
 def load_subject(
     args: argparse.Namespace, runtime: Runtime, batch_size: int | None = None
 ) -> tuple[Subject, Evaluator]:
-    """Load what a defender sees and, apart from it, what his work is judged on; print what was found.
+    """Load what a defender sees and, apart from it, what the defence is judged on; print what was found.
 
     Args:
         args: with the flags of ``add_subject_flags``.
@@ -186,12 +190,12 @@ def load_subject(
     Raises:
         InputError: a file is missing, damaged or hostile, does not fit, or contradicts a flag.
     """
-    config = SubjectConfig(**given_flags(args, SubjectConfig))
+    config = from_flags(SubjectConfig, args)
     path = config.checkpoint
     state_dict, card = read_state_dict(path), read_card(path)
     model = _settled(ModelConfig, args, path, card)
     name = _settled(DataConfig, args, path, card).dataset
-    source = SourceConfig(**given_flags(args, SourceConfig))
+    source = from_flags(SourceConfig, args)
     dataset = load_dataset(name, source.data_dir, runtime.device)
     _check_classes(path, card, dataset)
     network = _build(path, state_dict, model.arch, model.widen_factor, dataset.num_classes)
@@ -205,12 +209,13 @@ def load_subject(
     )
     if trigger is None:
         announce("no --trigger-info: clean accuracy only, the attack success rate is not known")
+    known_split = bool(split_file or (card or {}).get("split"))
     described = {
         **asdict(model),
         "num_classes": dataset.num_classes,
         "dataset": name,
         "normalization": asdict(normalization),
-        "split": {"file": split_file, "sha256": permutation_digest(permutation)},
+        "split": {"file": split_file, "sha256": permutation_digest(permutation)} if known_split else {},
         "attack": (card or {}).get("attack"),
         "repaired_from": {"file": Path(path).name, "sha256": sha256_of(path)},
     }

@@ -60,7 +60,7 @@ def _is_convertible(name: str, module: nn.Module) -> bool:
         return False
     if isinstance(module.weight, nn.parameter.UninitializedParameter):
         raise ValueError(f"{name}: {type(module).__name__} has no size yet; run the network once, then convert it")
-    if type(module) not in _PLAIN:
+    if type(module) not in _PLAIN or "forward" in vars(module):
         raise TypeError(f"{name}: {type(module).__name__} has a forward of its own and cannot be converted")
     return module.affine
 

@@ -182,10 +182,10 @@ def add_flags(parser: Any, config: type[Config], card: bool = False, **defaults:
         text = _described(each)
         if card:
             text += f" (default: the card's, else {_shown(default)})"
-        elif default not in (MISSING, None, False, ""):
+        elif default is not MISSING and default is not False and default not in (None, ""):
             text += f" (default: {_shown(default)})"
-        required = {"required": True} if default is MISSING else {"default": None if card else default}
-        parser.add_argument(*_spellings(each), **_specification(each), **required, help=text)
+        demand = {"required": True} if default is MISSING else {"default": None if card else default}
+        parser.add_argument(*_spellings(each), **_specification(each), **demand, help=text)
 
 
 def add_alternative_flags(parser: Any, configs: dict[str, type[Config]]) -> None:
@@ -247,13 +247,11 @@ def record_flags(config: Config, args: argparse.Namespace) -> None:
         setattr(args, dest, getattr(config, each.name))
 
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the layout of the examples in a script's docstring."""
-
-
 def make_parser(doc: str) -> argparse.ArgumentParser:
     """Return a parser that shows a script's docstring and accepts no abbreviated flags."""
-    return argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
+    return argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
 
 
 def add_output_flags(parser: argparse.ArgumentParser) -> None:
@@ -272,5 +270,5 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
         help="continue an interrupted run; on a CPU it ends bit-identical to one never interrupted",
     )
     choice.add_argument(
-        "--overwrite", action="store_true", help="start again, dropping what this step left in the folder"
+        "--overwrite", action="store_true", help="start again; what the step writes replaces what is there"
     )

@@ -162,10 +162,14 @@ class Run:
         """Time spent on this run, interruptions not counted."""
         return self._seconds_before + time.monotonic() - self._started
 
+    def drop_saved(self) -> None:
+        """Forget an older unfinished run: nothing of it may be continued once its files begin to change."""
+        self._state_path.unlink(missing_ok=True)
+
     def table(self, columns: dict[str, str]) -> Table:
         """Open the log: the run begins here. A resumed run starts with the rows it had."""
         if not self.saved:
-            self._state_path.unlink(missing_ok=True)
+            self.drop_saved()
         record = {
             "step": self.step,
             "command": self.command,
