@@ -40,6 +40,17 @@ class Hooked(nn.Sequential):
         self[1].register_forward_hook(lambda module, inputs, output: 2 * output)
 
 
+class Reading(nn.Module):
+    """Its convolution's weights are also read directly."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.norm(self.conv(x)).mean((2, 3)) + self.conv.weight.sum()
+
+
 def with_statistics(network):
     """Give BatchNorms statistics and scales that are not the identity."""
     torch.manual_seed(0)
@@ -51,7 +62,7 @@ def with_statistics(network):
     return network.eval()
 
 
-@pytest.mark.parametrize("kind", [Branching, Sharing, Hooked])
+@pytest.mark.parametrize("kind", [Branching, Sharing, Hooked, Reading])
 def test_a_network_that_cannot_be_folded_is_evaluated_as_it_is(kind):
     network, x = with_statistics(kind()), torch.randn(8, 3, 12, 12)
     copy = inference_copy(network, torch.float32)

@@ -160,6 +160,10 @@ def test_what_cannot_be_masked():
         def forward(self, x):
             return super().forward(x) * 2
 
+    patched = nn.BatchNorm2d(4)
+    patched.forward = lambda x: x
+    with pytest.raises(TypeError, match="a forward of its own"):
+        convert_noisy_batchnorm(nn.Sequential(patched))
     without = nn.BatchNorm2d(4, affine=False)
     mixed = convert_noisy_batchnorm(nn.Sequential(without, nn.BatchNorm2d(4)))
     assert list(noisy_layers(mixed)) == ["1"]
