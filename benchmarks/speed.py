@@ -29,7 +29,7 @@ from attacks.pgd import pgd
 from benchmarks.plain import PlainMasks, plain_evaluate, plain_loader, plain_train
 from data.augment import make_transform
 from data.datasets import DataConfig, Dataset, SourceConfig, load_dataset
-from data.split import attacker_index, defender_index, draw_permutation
+from data.split import attacker_index, defender_index, load_permutation
 from defenses import AnpConfig, AnpState, optimize_masks
 from engine.evaluation import EVALUATION_BATCH, evaluate, inference_copy
 from engine.runtime import Runtime, RuntimeConfig, prepare_runtime
@@ -106,10 +106,10 @@ def forward_flops(network: nn.Module, device: torch.device) -> int:
 
 def step_1(args: argparse.Namespace, dataset: Dataset, network: nn.Module, runtime: Runtime) -> Loops:
     """Training."""
-    train = dataset.train[attacker_index(draw_permutation(len(dataset.train)))]
+    train = dataset.train[attacker_index(load_permutation(args.split_file, len(dataset.train)))]
     plain = build_model(args.arch, dataset.num_classes, args.widen_factor).to(runtime.device)
     loader = plain_loader(train.to("cpu"), dataset.normalization, train=True, batch_size=args.batch_size)
-    config = TrainConfig(batch_size=args.batch_size, precision=runtime.precision)
+    config = TrainConfig(batch_size=args.batch_size, seed=args.seed, precision=runtime.precision)
     loop = SgdLoop(network, train, dataset.normalization, dataset.flip, config)
     steps = islice(loop.steps(), loop.batches)
     batches = ([part.to(runtime.device) for part in batch] for batch in loader)
@@ -125,8 +125,8 @@ def step_1(args: argparse.Namespace, dataset: Dataset, network: nn.Module, runti
 
 def step_2(args: argparse.Namespace, dataset: Dataset, network: nn.Module, runtime: Runtime) -> Loops:
     """Mask optimisation: three passes forward and back, the plain loop's with weight gradients."""
-    defender = dataset.train[defender_index(draw_permutation(len(dataset.train)), 0.01)]
-    config = AnpConfig(batch_size=args.batch_size, precision=runtime.precision, iterations=10**9)
+    defender = dataset.train[defender_index(load_permutation(args.split_file, len(dataset.train)), 0.01)]
+    config = AnpConfig(batch_size=args.batch_size, seed=args.seed, precision=runtime.precision, iterations=10**9)
     plain, noisy = PlainMasks(network, config), convert_noisy_batchnorm(network)
     plain.network.to(memory_format=torch.contiguous_format)
     state = AnpState.start(noisy)
@@ -176,8 +176,8 @@ def input_aware(phase: int) -> Callable[..., Loops]:
     """Return the loop of the input-aware attack's mask generator (0), or of classifier and pattern generator (1)."""
 
     def prepare(args: argparse.Namespace, dataset: Dataset, network: nn.Module, runtime: Runtime) -> Loops:
-        train = dataset.train[attacker_index(draw_permutation(len(dataset.train)))]
-        config = TrainConfig(2, args.batch_size, 0.01, milestones=(), precision=runtime.precision)
+        train = dataset.train[attacker_index(load_permutation(args.split_file, len(dataset.train)))]
+        config = TrainConfig(2, args.batch_size, 0.01, milestones=(), seed=args.seed, precision=runtime.precision)
         attack = InputAwareAllToAll()
         loop = attack.make_loop(network, attack.poison(train), dataset, config)
         loop.done = phase * loop.batches

@@ -203,7 +203,7 @@ def test_an_older_training_is_not_lost_by_accident(folder, capsys):
 
 def test_a_training_that_diverges_says_so(tmp_path, capsys):
     args = ["--output-dir", str(tmp_path), "--dataset", "tiny", *WIDTH, "--epoch", "1", "--lr", "1e20"]
-    assert "it diverged; try a lower --lr" in failure(capsys, train, args)
+    assert "it diverged; train it with a lower --lr" in failure(capsys, train, args)
     assert not (tmp_path / "last_model.th").exists()
 
 
