@@ -11,6 +11,11 @@ A published checkpoint, which has no card; its own split keeps the clean images 
 Writes to the output folder: mask_values.txt, mask_values.png, optimize_log.jsonl.
 """
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from utils.console import prepare_process
+
+    prepare_process()
+
 import argparse
 import sys
 from dataclasses import dataclass
@@ -18,12 +23,16 @@ from functools import partial
 
 from defenses.anp import AnpConfig, MaskLoop
 from engine.drive import drive
+from engine.evaluation import is_guessing
 from engine.runtime import RuntimeConfig, prepare_runtime
 from formats.mask_file import write_masks
-from formats.subject import add_subject_flags, load_subject
+from formats.outputs import OUTPUTS
+from formats.subject import Subject, add_subject_flags, load_subject
 from utils.config import Config, Range, add_flags, add_output_flags, from_flags, make_parser, setting
+from utils.console import announce
+from utils.errors import InputError
 from utils.plots import plot_masks
-from utils.run import Run, announce, command_line, run_script
+from utils.run import Run, command_line, run_script
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,21 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def refuse_useless(rows: list[dict], subject: Subject) -> None:
+    """Make sure that masks say something about the neurons: the masked network must not have come down to guessing.
+
+    Raises:
+        InputError: it has, though the network as it came knew its classes.
+    """
+    before, after = (row["defender acc %"] / 100 for row in (rows[0], rows[-1]))
+    guessing = [is_guessing(accuracy, subject.clean.num_classes, len(subject.clean)) for accuracy in (before, after)]
+    if guessing == [False, True]:
+        raise InputError(
+            f"with these masks the network only guesses ({100 * after:.1f} % of the clean images, {100 * before:.1f} % "
+            "before), so they are of no use; lower --lr or --anp-eps"
+        )
+
+
 def optimize(args: argparse.Namespace, run: Run) -> None:
     """Carry out step 2 in the run's folder."""
     runtime = prepare_runtime(from_flags(RuntimeConfig, args))
@@ -54,6 +78,7 @@ def optimize(args: argparse.Namespace, run: Run) -> None:
     loop = MaskLoop(subject, config, args.print_every)
     for _ in drive(run, loop, lambda: evaluator(loop.masked())):
         pass
+    refuse_useless(run.log.rows, subject)
     neurons = loop.neurons()
     write_masks(run.folder / "mask_values.txt", neurons, subject.card["repaired_from"]["sha256"])
     plot_masks(run.folder / "mask_values.png", neurons)
@@ -63,7 +88,8 @@ def optimize(args: argparse.Namespace, run: Run) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run step 2; returns the exit status."""
     args = build_parser().parse_args(argv)
-    return run_script(partial(optimize, args), "optimize", args, command_line("optimize_mask_cifar.py", argv))
+    command = command_line("optimize_mask_cifar.py", argv)
+    return run_script(partial(optimize, args), "optimize", args, command, OUTPUTS["optimize"])
 
 
 if __name__ == "__main__":

@@ -5,11 +5,17 @@ After steps 1 and 2:
         --checkpoint ./save/last_model.th --trigger-info ./save/trigger_info.th
 
 The operating point is chosen from the defender's clean images alone: a fixed threshold (--threshold, by default the
-paper's 0.2), or the last point of the sweep that costs at most --max-acc-drop percentage points of their accuracy.
+paper's 0.2), a fixed --number of neurons, or the last point of the sweep that costs at most --max-acc-drop percentage
+points of their accuracy.
 
 Writes to the output folder: repaired_model.th and its card, pruning_by_threshold.txt (or pruning_by_number.txt), the
 same as .png and _log.jsonl.
 """
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from utils.console import prepare_process
+
+    prepare_process()
 
 import argparse
 import sys
@@ -18,11 +24,12 @@ from functools import partial
 
 from defenses.pruning import Choice, ChoiceConfig, SweepConfig, choose
 from engine.drive import drive
-from engine.evaluation import EVALUATION_BATCH, Report
+from engine.evaluation import EVALUATION_BATCH, Report, is_guessing
 from engine.runtime import RuntimeConfig, prepare_runtime
 from engine.sweep import SweepLoop
 from formats.cards import save_with_card
 from formats.mask_file import check_source, read_masks
+from formats.outputs import OUTPUTS
 from formats.pruning_file import write_sweep
 from formats.subject import Subject, add_subject_flags, load_subject
 from models.neurons import pruned_copy, sort_neurons
@@ -37,8 +44,10 @@ from utils.config import (
     required,
     setting,
 )
+from utils.console import announce
+from utils.errors import InputError
 from utils.plots import plot_sweep
-from utils.run import Run, announce, command_line, run_script, versions
+from utils.run import Run, command_line, run_script, versions
 
 
 @dataclass(frozen=True)
@@ -88,6 +97,14 @@ def save_repaired(run: Run, subject: Subject, loop: SweepLoop, choice: Choice, r
     save_with_card(run.folder / "repaired_model.th", network.state_dict(), {**card, "versions": versions()})
 
 
+def warn_of_ruin(subject: Subject, before: Report, after: Report) -> None:
+    """Say so where a network that knew its classes is left guessing."""
+    clean = subject.clean
+    guessing = [is_guessing(each.defender.accuracy, clean.num_classes, len(clean)) for each in (before, after)]
+    if guessing == [False, True]:
+        announce("warning: the repaired network only guesses; prune fewer neurons (--max-acc-drop, --threshold)")
+
+
 def prune(args: argparse.Namespace, run: Run) -> None:
     """Carry out step 3 in the run's folder."""
     runtime = prepare_runtime(from_flags(RuntimeConfig, args))
@@ -95,6 +112,8 @@ def prune(args: argparse.Namespace, run: Run) -> None:
     subject, evaluator = load_subject(args, runtime, args.batch_size)
     check_source(args.mask_file, subject.card["repaired_from"]["sha256"])
     neurons = sort_neurons(read_masks(args.mask_file, subject.network))
+    if (args.number or 0) > len(neurons):
+        raise InputError(f"--number {args.number}: the network has {len(neurons)} neurons")
     loop = SweepLoop(subject.network, neurons, from_flags(SweepConfig, args).points(neurons), evaluator)
     for _ in drive(run, loop, lambda: loop.rows[-1].report):
         pass
@@ -110,6 +129,7 @@ def prune(args: argparse.Namespace, run: Run) -> None:
     announce(f"chosen: {choice.words} ({choice.reason}): {count} of {total} neurons, {100 * count / total:.2f} %")
     announce(f"before: {loop.rows[0].report}")
     announce(f"after:  {report}")
+    warn_of_ruin(subject, loop.rows[0].report, report)
     announce(f"saved {run.folder / 'repaired_model.th'}; {run.seconds:.0f} s")
 
 
@@ -117,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run step 3; returns the exit status."""
     args = parse_arguments(argv)
     step = f"pruning_by_{args.pruning_by}"
-    return run_script(partial(prune, args), step, args, command_line("prune_neuron_cifar.py", argv))
+    return run_script(partial(prune, args), step, args, command_line("prune_neuron_cifar.py", argv), OUTPUTS[step])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Step 1: train a backdoored network on poisoned CIFAR-10.
 
 A CPU minute, nothing to download:
-    python train_backdoor_cifar.py --dataset synthetic --widen-factor 0.25 --epoch 8 --lr-schedule one-cycle
+    python train_backdoor_cifar.py --dataset synthetic --widen-factor 0.125 --epoch 12 --batch-size 64 \\
+        --lr-schedule one-cycle --poison-rate 0.1
 
 The paper (ResNet-18, BadNets 5 %, target 0; hours on a GPU):
     python train_backdoor_cifar.py --output-dir ./save
@@ -11,6 +12,11 @@ trigger_info.th, train_log.jsonl, train_curves.png, clean_and_triggered.png; gen
 clean_label_set/ for clean-label.
 """
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from utils.console import prepare_process
+
+    prepare_process()
+
 import argparse
 import sys
 from dataclasses import dataclass, replace
@@ -19,22 +25,25 @@ from pathlib import Path
 
 import torch
 
-from attacks import Attack, PoisonedSet, Workspace
+from attacks import Attack, Workspace
 from attacks.flags import add_attack_flags, describe, read_attack
-from attacks.image_folder import export_poisoned
-from attacks.outputs import clear_folder, network_card, refuse_to_lose_files, write_trigger
-from data.datasets import DataConfig, Dataset, SourceConfig, load_dataset
+from attacks.image_folder import export_poisoned, refuse_other_files
+from attacks.outputs import network_card, write_trigger
+from data.datasets import DataConfig, SourceConfig, load_dataset
 from data.split import attacker_index, load_permutation, permutation_digest
 from engine.drive import drive
-from engine.evaluation import Evaluator, Report
 from engine.runtime import Runtime, RuntimeConfig, prepare_runtime
-from engine.training import TrainConfig, TrainingLoop
+from engine.training import TrainConfig, measure_of
 from formats.cards import save_with_card
+from formats.outputs import OUTPUTS
 from models import ModelConfig, build_model
 from utils.config import Config, Range, add_flags, add_output_flags, from_flags, make_parser, setting
+from utils.console import announce
 from utils.plots import plot_training
-from utils.run import Run, announce, command_line, run_script
+from utils.run import Run, command_line, run_script
 from utils.seeding import seeded_weights
+
+TAKEN_HOLD = 0.5  # attack success rate below which step 1 warns
 
 
 @dataclass(frozen=True)
@@ -80,24 +89,10 @@ def open_workspace(args: argparse.Namespace, run: Run, runtime: Runtime) -> Work
     return Workspace(dataset, held, digest, args.seed, run.folder, run.overwriting, runtime, model, run.track)
 
 
-def make_measure(loop: TrainingLoop, poisoned: PoisonedSet, dataset: Dataset, precision: torch.dtype):
-    """Return a function that measures the network as it is; its trigger may be learnt with it."""
-    fixed = Evaluator(dataset.test, poisoned.trigger, dataset.normalization, precision)
-
-    def measure() -> Report | None:
-        if not loop.is_trained():
-            return None
-        learnt = loop.draw_trigger(dataset.test)
-        if learnt is None:
-            return fixed(loop.network)
-        return Evaluator(dataset.test, learnt, dataset.normalization, precision, cross=True)(loop.network)
-
-    return measure
-
-
 def train(args: argparse.Namespace, attack: Attack, config: TrainConfig, run: Run) -> None:
     """Carry out step 1 in the run's folder."""
-    refuse_to_lose_files(args, run)
+    if args.export_poisoned:
+        refuse_other_files(Path(args.export_poisoned))
     runtime = prepare_runtime(from_flags(RuntimeConfig, args))
     run.rely_on(runtime.facts())
     workspace = open_workspace(args, run, runtime)
@@ -114,11 +109,10 @@ def train(args: argparse.Namespace, attack: Attack, config: TrainConfig, run: Ru
     loop = attack.make_loop(network, poisoned, dataset, replace(config, precision=runtime.precision))
     known = describe(attack, args.poison_type, poisoned)
     card = network_card(workspace, args.split_file, known, run.command)
-    measure = make_measure(loop, poisoned, dataset, runtime.precision)  # refuses a trigger that does not fit
+    measure = measure_of(loop, poisoned.trigger, dataset, runtime.precision)  # refuses a trigger that does not fit
     data_index = workspace.data_index(poisoned)
     if not run.saved:
-        run.drop_saved()
-        clear_folder(run.folder)
+        run.begin()
         save_with_card(run.folder / "model_init.th", network.state_dict(), {**card, "epochs": 0})
     write_trigger(run.folder, poisoned.trigger, dataset.test, data_index)
     for row, report in drive(run, loop, measure):
@@ -131,13 +125,15 @@ def train(args: argparse.Namespace, attack: Attack, config: TrainConfig, run: Ru
     write_trigger(run.folder, loop.draw_trigger(dataset.test), dataset.test, data_index)
     plot_training(run.folder / "train_curves.png", run.log.rows)
     announce(f"saved {run.folder / 'last_model.th'}: {report}; {run.seconds:.0f} s")
+    if report.triggered and report.triggered.accuracy < TAKEN_HOLD:
+        announce("warning: the attack has hardly taken hold; train longer, or raise --poison-rate or --trigger-alpha")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run step 1; returns the exit status."""
     args, attack, config = parse_arguments(argv)
     command = command_line("train_backdoor_cifar.py", argv)
-    return run_script(partial(train, args, attack, config), "train", args, command)
+    return run_script(partial(train, args, attack, config), "train", args, command, OUTPUTS["train"])
 
 
 if __name__ == "__main__":

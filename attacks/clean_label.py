@@ -4,13 +4,11 @@ The images are made hard to classify first, so that the network learns the trigg
 """
 
 import io
-import json
+import os
 import shutil
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -35,9 +33,9 @@ from data.triggers import Trigger
 from engine.evaluation import inference_copy
 from formats.subject import load_surrogate
 from utils.config import InputFile, InputFolder, Range, setting
-from utils.errors import InputError
-from utils.files import as_json, sha256_of, write_bytes
-from utils.run import announce
+from utils.console import announce
+from utils.errors import InputError, quote
+from utils.files import as_json, read_array, read_json, sha256_of, write_bytes
 
 IMAGES, LABELS, RECIPE = "train_images.npy", "train_labels.npy", "recipe.json"
 BUILDING = ("poison_rate", "clb_eps", "clb_steps", "clb_step_size")  # settings fixed when a set was built
@@ -201,7 +199,7 @@ class CleanLabel(Attack):
             pass
         images, trigger = clean.images.clone(), self._trigger(clean)
         for path, part in parts.items():
-            perturbed = _read_array(path, (len(part), *clean.images.shape[1:]))
+            perturbed = read_array(path, (len(part), *clean.images.shape[1:]))
             images[part] = trigger.stamp(perturbed.to(images.device))
         _write_array(folder / IMAGES, images)
         _write_array(folder / LABELS, clean.labels)
@@ -229,8 +227,8 @@ class CleanLabelSet(Attack):
         folder, clean = Path(self.clb_dir), workspace.dataset.train
         check_target(self.poison_target, clean)
         alpha = self._opacity(folder)
-        images = _read_array(folder / IMAGES, tuple(clean.images.shape))
-        labels = _read_array(folder / LABELS, (len(clean),)).long()
+        images = read_array(folder / IMAGES, tuple(clean.images.shape))
+        labels = read_array(folder / LABELS, (len(clean),)).long()
         if not torch.equal(labels, clean.labels.cpu()):
             raise InputError(f"{folder / LABELS}: a clean-label set keeps the dataset's labels and order")
         train = replace(clean, images=images, labels=labels).to(clean.images.device)[workspace.held]
@@ -275,12 +273,19 @@ def _prepare_folder(folder: Path, recipe: dict[str, Any], overwrite: bool) -> No
 
 
 def _read_recipe(folder: Path) -> dict[str, Any]:
-    """Return what a set was built from; empty where that is not known."""
-    try:
-        recipe = json.loads((folder / RECIPE).read_text())
-    except (FileNotFoundError, ValueError):  # not ours, or damaged
+    """Return what a set was built from; empty where that is not known.
+
+    Raises:
+        InputError: the file is no recipe.
+    """
+    path = folder / RECIPE
+    if not os.path.lexists(path):  # not ours
         return {}
-    return recipe if isinstance(recipe, dict) else {}
+    recipe = read_json(path)
+    alpha = recipe.get("trigger_alpha", 1.0)
+    if type(alpha) not in (int, float) or alpha not in SHARE:
+        raise InputError(f"{path}: trigger_alpha is {quote(alpha)}, expected a number {SHARE}")
+    return recipe
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -291,15 +296,3 @@ def _write_array(path: Path, values: Tensor) -> None:
     buffer = io.BytesIO()
     np.save(buffer, values.cpu().numpy())
     write_bytes(path, buffer.getvalue())
-
-
-def _read_array(path: Path, shape: tuple[int, ...]) -> Tensor:
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError, MemoryError, OverflowError, TokenError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: {error}; --clb-dir expects {IMAGES} and {LABELS}") from error
-    if not isinstance(array, np.ndarray) or array.shape != shape or array.dtype.kind not in "ui":
-        raise InputError(f"{path}: expected one array of whole numbers of shape {shape}")
-    if array.min() < 0 or array.max() > 255:
-        raise InputError(f"{path}: values from {array.min()} to {array.max()}, expected 0 to 255")
-    return torch.from_numpy(array.astype(np.uint8))

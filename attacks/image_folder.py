@@ -7,6 +7,7 @@ from), ``original_label`` and ``poisoned`` (1 or 0).
 
 import csv
 import io
+import os
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -23,9 +24,9 @@ from attacks.attack import Attack, PoisonedSet, Workspace
 from data.datasets import ImageSet
 from formats.trigger_file import load_trigger, save_trigger
 from utils.config import InputFolder, setting
-from utils.errors import InputError
-from utils.files import write_text
-from utils.run import announce
+from utils.console import announce
+from utils.errors import InputError, quote, shorten
+from utils.files import check_file, read_text, write_text
 
 TABLE, TRIGGER = "poisoned.csv", "trigger_info.th"
 COLUMNS = ("file", "index", "label", "original_label", "poisoned")
@@ -60,7 +61,7 @@ def export_poisoned(workspace: Workspace, poisoned: PoisonedSet, folder: Path) -
     csv.writer(text, lineterminator="\n").writerows([COLUMNS, *rows])
     refuse_other_files(folder)
     if (folder / TABLE).exists():
-        if (folder / TABLE).read_text() != text.getvalue():
+        if read_text(folder / TABLE) != text.getvalue():
             raise InputError(f"--export-poisoned {folder}: another set is there; choose another folder")
         return
     unfinished = folder.with_name(f".{folder.name}.part")
@@ -136,7 +137,7 @@ class ImageFolder(Attack):
         for _ in workspace.track(_read_pictures(folder, names, images), len(names), 0, "reading", "image"):
             pass
         trigger = None
-        if (folder / TRIGGER).exists():
+        if os.path.lexists(folder / TRIGGER):
             trigger = load_trigger(folder / TRIGGER, clean.num_classes)
         else:
             announce(f"{folder}: no {TRIGGER}, so the attack success rate is not known")
@@ -167,13 +168,11 @@ def _known_images(
 
 
 def _read_table(path: Path) -> list[dict[str, str]]:
+    text = read_text(path)
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(
-            f"{path}: {getattr(error, 'strerror', None) or error}; expected a table of pictures"
-        ) from error
+        rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    except csv.Error as error:
+        raise InputError(f"{path}: {error}; expected a table of pictures") from error
     if not rows or not {"file", "label"} <= rows[0].keys() or any(None in row.values() or None in row for row in rows):
         raise InputError(f"{path}: expected a header with the columns file, label [, index, poisoned] and full rows")
     return rows
@@ -184,7 +183,7 @@ def _whole_numbers(rows: list[dict[str, str]], column: str, end: int, folder: Pa
     try:
         values = np.array([int(row[column]) for row in rows], dtype=np.int64)
     except (ValueError, OverflowError) as error:
-        raise InputError(f"{folder / TABLE}: {column} is not a whole number everywhere ({error})") from error
+        raise InputError(f"{folder / TABLE}: {column} is not a whole number everywhere") from error
     outside = values[(values < 0) | (values >= end)]
     if len(outside):
         raise InputError(f"{folder / TABLE}: {column} {outside[0]} is outside 0..{end - 1}")
@@ -195,13 +194,14 @@ def _read_pictures(folder: Path, names: list[str], images: Tensor) -> Iterator[s
     height, width = images.shape[1:3]
     for number, name in enumerate(names):
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise InputError(f"{folder / TABLE}: file {name} is outside the folder")
+            raise InputError(f"{folder / TABLE}: file {quote(name)} is outside the folder")
         images[number] = _read_picture(folder / name, f"{width}x{height} RGB")
         yield name
 
 
 def _read_picture(path: Path, expected: str) -> Tensor:
     """Read one picture of the size and mode expected; others are not even decoded."""
+    check_file(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -210,5 +210,5 @@ def _read_picture(path: Path, expected: str) -> Tensor:
                 if found == expected:
                     return torch.from_numpy(np.array(picture))
     except (OSError, ValueError, SyntaxError, Warning, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: not a readable picture ({error})") from error
+        raise InputError(f"{path}: not a readable picture ({shorten(str(error))})") from error
     raise InputError(f"{path}: {found} pixels, expected {expected}")

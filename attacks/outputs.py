@@ -1,33 +1,18 @@
-"""What step 1 leaves in its folder beside the network, and what it must not lose there."""
+"""What step 1 leaves in its folder beside the network."""
 
-import argparse
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from attacks.attack import Workspace
-from attacks.image_folder import refuse_other_files
 from data.datasets import ImageSet
 from data.split import absolute
-from data.triggers import Trigger
+from data.triggers import Trigger, attacked_index
 from formats.trigger_file import save_trigger
-from utils.errors import InputError
 from utils.plots import plot_images
-from utils.run import Run, versions
-
-OWN_FILES = (
-    "last_model.*",
-    "model_*.th",
-    "model_*.json",
-    "generators.*",
-    "trigger_info.th",
-    "clean_and_triggered.png",
-    "train_log.jsonl",
-    "train_curves.png",
-)
+from utils.run import versions
 
 
 def write_trigger(folder: Path, trigger: Trigger | None, clean_test: ImageSet, data_index: Tensor) -> None:
@@ -46,36 +31,9 @@ def write_trigger(folder: Path, trigger: Trigger | None, clean_test: ImageSet, d
         return
     trigger = trigger.aimed_at(clean_test)
     save_trigger(folder / "trigger_info.th", trigger, data_index)
-    index = torch.nonzero(clean_test.labels.cpu() != trigger.target).flatten()[:8]
-    clean = clean_test.images[index.to(clean_test.images.device)]
+    index = attacked_index(clean_test, trigger)[:8]
+    clean = clean_test.images[index]
     plot_images(folder / "clean_and_triggered.png", clean, trigger.stamp(clean, index))
-
-
-def refuse_to_lose_files(args: argparse.Namespace, run: Run) -> None:
-    """Make sure, before any work is done, that no trained network and no input is lost.
-
-    Raises:
-        InputError: a trained network is there, and neither ``--overwrite`` was given nor is this run a continuation;
-            an input would be overwritten; other files lie where the poisoned set shall go.
-    """
-    output = run.folder.resolve()
-    if args.clb_surrogate and Path(args.clb_surrogate).resolve().parent == output:
-        raise InputError(f"--clb-surrogate {args.clb_surrogate} lies in --output-dir; choose another --output-dir")
-    for flag, path in (("--clb-dir", args.clb_dir), ("--poisoned-dir", args.poisoned_dir)):
-        if path and Path(path).resolve() in (output, *output.parents):
-            raise InputError(f"{flag} {path} holds --output-dir {run.folder}; choose another --output-dir")
-    if args.export_poisoned:
-        refuse_other_files(Path(args.export_poisoned))
-    trained = {*run.folder.glob("last_model.th"), *run.folder.glob("model_*.th")} - {run.folder / "model_init.th"}
-    if trained and not (run.overwriting or run.saved):
-        raise InputError(f"{min(trained)} is there already; choose another --output-dir or --overwrite")
-
-
-def clear_folder(folder: Path) -> None:
-    """Make sure that nothing of an older training is left to be taken for this one's."""
-    for pattern in OWN_FILES:
-        for path in folder.glob(pattern):
-            path.unlink()
 
 
 def network_card(workspace: Workspace, split_file: str | None, attack: dict[str, Any], command: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10
 
 from data.synthetic import NUM_CLASSES, draw_images
-from utils.config import Config, InputFile, setting
+from utils.config import Config, InputFile, Range, setting
 from utils.errors import InputError
 
 
@@ -36,6 +36,10 @@ class ImageSet:
     def to(self, device: torch.device) -> "ImageSet":
         """Move both tensors to a device."""
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+
+# Beyond these the network's input is no longer finite. A network that takes pixels of 0..255 has a std of 1/255.
+MEANS, STDS = Range(0, 1e4), Range(1e-4, 1e4)
 
 
 @dataclass(frozen=True)

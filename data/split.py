@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from utils.errors import InputError
+from utils.files import read_text
 from utils.seeding import seeded_generator
 
 SPLIT_SEED = 0  # the same for every run, so that runs of different --seed share one split
@@ -33,10 +34,9 @@ def read_permutation(path: str | Path, size: int) -> Tensor:
     Raises:
         InputError: the file cannot be read, or is no permutation of 0..size-1.
     """
-    if not Path(path).is_file():
-        raise InputError(f"split file {path}: no such file")
+    text = read_text(path)
     try:
-        entries = np.array([int(word) for word in Path(path).read_text(encoding="ascii").split()], dtype=np.int64)
+        entries = np.array([int(word) for word in text.split()], dtype=np.int64)
     except (ValueError, OverflowError) as error:
         raise InputError(f"split file {path}: expected {size} whole numbers, one a line") from error
     if len(entries) != size:

@@ -67,6 +67,12 @@ def next_class(images: ImageSet) -> Tensor:
     return (images.labels + 1) % images.num_classes
 
 
+def attacked_index(clean_test: ImageSet, trigger: Trigger) -> Tensor:
+    """Return which test images the attack is judged on, those whose class is not the target: int64."""
+    target = trigger.aimed_at(clean_test).target.to(clean_test.labels.device)
+    return torch.nonzero(clean_test.labels != target).flatten()
+
+
 def triggered_test_set(clean_test: ImageSet, trigger: Trigger) -> ImageSet:
     """Stamp every test image whose class is not the target; its label becomes the target (pipeline: ASR).
 
@@ -82,6 +88,12 @@ def triggered_test_set(clean_test: ImageSet, trigger: Trigger) -> ImageSet:
         found = "x".join(map(str, trigger.pattern.shape[1:]))
         raise InputError(f"the trigger is {found}, but the images are {height}x{width}x{channels}")
     target = trigger.target.to(clean_test.labels.device).expand(count)
-    index = torch.nonzero(clean_test.labels != target).flatten()
+    index = attacked_index(clean_test, trigger)
     stamped = trigger.stamp(clean_test.images[index], index)
     return replace(clean_test, images=stamped, labels=target[index].clone())
+
+
+def count_unchanged(clean_test: ImageSet, trigger: Trigger, triggered: ImageSet) -> int:
+    """Return how many images of ``triggered_test_set`` look as they did without the trigger."""
+    clean = clean_test.images[attacked_index(clean_test, trigger)]
+    return int((triggered.images == clean).flatten(1).all(1).sum())

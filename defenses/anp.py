@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from data.augment import make_transform
 from engine.cuda_graph import replayed
-from engine.drive import Means
+from engine.drive import UNTRAINED_REMEDY, Means
 from engine.runtime import autocast
 from formats.subject import Subject
 from models.neurons import Neuron, mask_values, neurons_up_to
@@ -299,6 +299,11 @@ class MaskLoop:
     def done(self) -> int:
         """Updates made so far."""
         return self.state.iteration
+
+    @property
+    def remedy(self) -> str:
+        """What to do where the loss is not finite."""
+        return "the masks diverged; lower --lr or --anp-eps" if self.done else UNTRAINED_REMEDY
 
     def steps(self) -> Iterator[AnpStep]:
         """See ``engine.drive.Loop``."""

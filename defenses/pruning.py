@@ -9,6 +9,7 @@ from utils.config import Config, Range, setting
 
 PAPER_THRESHOLD = 0.2  # the operating point of the paper
 LAST_THRESHOLD, THRESHOLD_STEP = 0.9, 0.05
+ACCEPTED_DROP = 3.0  # percentage points; the default of a sweep by number, for which the paper names no point
 SWEEP_SHARES = 80  # a sweep by number takes steps of 1/80 of the neurons, 1.25 %, as in the release's figure
 
 
@@ -63,13 +64,15 @@ class ChoiceConfig(Config):
 
     threshold: float | None = setting(
         None,
-        f"operating point: prune every neuron with mask <= X (default: the paper's {PAPER_THRESHOLD})",
+        f"operating point: prune every neuron with mask <= X (default of a sweep by threshold: the paper's "
+        f"{PAPER_THRESHOLD})",
         Range(0, 1),
     )
+    number: int | None = setting(None, "operating point: prune the N neurons of smallest mask", Range(0))
     max_acc_drop: float | None = setting(
         None,
         "operating point: the last of the sweep that costs at most this many percentage points of accuracy on the "
-        "defender's clean images",
+        f"defender's clean images (default of a sweep by number: {ACCEPTED_DROP:g})",
         Range(0, 100),
         metavar="POINTS",
     )
@@ -110,7 +113,13 @@ def number_points(neurons: list[Neuron], maximum: float, step: float) -> list[Pr
         ValueError: a number is out of range.
     """
     counts = [int(count) for count in _steps(min(maximum, len(neurons)), step)][1:]
-    return [PruningPoint(count, neurons[count - 1], None) for count in counts]
+    return [_number_point(neurons, count) for count in counts]
+
+
+def _number_point(neurons: list[Neuron], count: int) -> PruningPoint:
+    if count > len(neurons):
+        raise ValueError(f"{count} neurons cannot be pruned, there are {len(neurons)}")
+    return PruningPoint(count, neurons[count - 1] if count else None, None)
 
 
 @dataclass(frozen=True)
@@ -140,11 +149,20 @@ def choose(neurons: list[Neuron], points: list[PruningPoint], accuracies: list[f
         neurons: sorted by mask.
         points: of a sweep, the untouched network first.
         accuracies: of each point on the defender's clean images, 0..1.
-        config: a fixed threshold, or the largest accepted drop.
+        config: a fixed threshold or number, or the largest accepted drop.
+
+    Raises:
+        ValueError: there are not so many neurons.
     """
-    if config.max_acc_drop is not None:
-        point = points[largest_within_drop(accuracies, config.max_acc_drop / 100)]
-        drop = f"{config.max_acc_drop:g} point{'' if config.max_acc_drop == 1 else 's'}"
+    if config.number is not None:
+        point = _number_point(neurons, config.number)
+        return Choice(point, _in_words(point), "--number")
+    max_drop = config.max_acc_drop
+    if config.threshold is None and max_drop is None and all(point.threshold is None for point in points):
+        max_drop = ACCEPTED_DROP
+    if max_drop is not None:
+        point = points[largest_within_drop(accuracies, max_drop / 100)]
+        drop = f"{max_drop:g} point{'' if max_drop == 1 else 's'}"
         reason = f"the last point of the sweep that costs at most {drop} of accuracy on the defender's clean images"
         return Choice(point, _in_words(point), reason)
     point = threshold_point(neurons, PAPER_THRESHOLD if config.threshold is None else config.threshold)

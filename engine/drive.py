@@ -6,8 +6,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from engine.evaluation import Report
-from utils.run import Run
+from engine.evaluation import NotFinite, Report
+from utils.errors import InputError
+from utils.run import Run, read_as_state
+
+UNTRAINED_REMEDY = "look at --mean and --std, and at the checkpoint: nothing was trained here"
 
 
 class Loop(Protocol):
@@ -18,6 +21,7 @@ class Loop(Protocol):
         columns: of the log, with their formats.
         total: steps of the whole loop.
         done: steps made so far.
+        remedy: what to do where the loss is not finite.
     """
 
     title: str
@@ -25,6 +29,7 @@ class Loop(Protocol):
     columns: dict[str, str]
     total: int
     done: int
+    remedy: str
 
     def steps(self) -> Iterator[object]:
         """Go on from where the loop stands to its end; its state moves on with every step."""
@@ -89,13 +94,18 @@ def drive(run: Run, loop: Loop, measure: Callable[[], Report | None]) -> Iterato
         what the caller does with it may not have happened.
 
     Raises:
-        InputError: the network diverged.
+        InputError: the network diverged, or the state to resume from is none of this loop.
         OSError: log or state cannot be written.
     """
+    logged = None  # steps done at the last row
     if run.saved:
-        loop.load_state_dict(run.saved["loop"])
+        with read_as_state(run.state_path):
+            loop.load_state_dict(run.saved["loop"])
+            logged = run.saved["logged"]
+            if type(loop.done) is not int or not 0 <= loop.done <= loop.total:
+                raise ValueError(f"{loop.done} of {loop.total} steps are done")
+    run.begin()
     log = run.table(loop.columns)
-    logged = run.saved["logged"] if run.saved else None  # steps done at the last row
     run.snapshot = lambda: {"loop": loop.state_dict(), "logged": logged}
 
     def rows():
@@ -111,6 +121,9 @@ def drive(run: Run, loop: Loop, measure: Callable[[], Report | None]) -> Iterato
                 logged = loop.done
         yield row, report
 
-    yield from rows()
-    for _ in run.track(loop.steps(), loop.total, loop.done, loop.title, loop.unit):
+    try:
         yield from rows()
+        for _ in run.track(loop.steps(), loop.total, loop.done, loop.title, loop.unit):
+            yield from rows()
+    except NotFinite as error:
+        raise InputError(f"{error}; {loop.remedy}") from error

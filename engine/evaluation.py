@@ -13,7 +13,6 @@ from torch.fx.experimental.optimization import fuse
 from data.augment import normalize
 from data.datasets import ImageSet, Normalization
 from data.triggers import Trigger, triggered_test_set
-from utils.errors import InputError
 
 EVALUATION_BATCH = 500
 CARD_NAMES = {
@@ -23,6 +22,10 @@ CARD_NAMES = {
     "cross": "cross_trigger_accuracy",
 }
 COLUMN_NAMES = {"clean": "C-Acc %", "triggered": "ASR %", "defender": "defender acc %", "cross": "cross %"}
+
+
+class NotFinite(ArithmeticError):
+    """A network's loss is NaN or infinite."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,12 @@ class Report:
         asr = f"{percent(self.triggered.accuracy):.2f} %" if self.triggered else "not known (no trigger)"
         cross = f", with other images' triggers {percent(self.cross.accuracy):.2f} %" if self.cross else ""
         return f"C-Acc {percent(self.clean.accuracy):.2f} %, ASR {asr}{cross}"
+
+
+def is_guessing(accuracy: float, num_classes: int, count: int) -> bool:
+    """Say whether an accuracy on ``count`` images, 0..1, is within three standard errors of guessing, or below."""
+    guess = 1 / num_classes
+    return accuracy <= guess + 3 * math.sqrt(guess * (1 - guess) / count)
 
 
 def percent(share: float) -> float:
@@ -162,7 +171,7 @@ class Evaluator:
         """Measure one network on every set that is known.
 
         Raises:
-            InputError: the loss is NaN or infinite, as after a training that diverged.
+            NotFinite: the loss on clean images is NaN or infinite, as after a training that diverged.
         """
         network = inference_copy(network, self.precision)
         report = Report(
@@ -172,9 +181,7 @@ class Evaluator:
             }
         )
         if not math.isfinite(report.clean.loss):
-            raise InputError(
-                f"the network's loss on clean images is {report.clean.loss}: it diverged; train it with a lower --lr"
-            )
+            raise NotFinite(f"the network's loss on clean images is {report.clean.loss}")
         return report
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from engine.drive import UNTRAINED_REMEDY
 from engine.evaluation import Report, percent
 from models.neurons import Neuron, PruningPoint, prune_neurons, pruned_copy
 
@@ -48,6 +49,7 @@ class SweepLoop:
     """
 
     title, unit = "sweep", "row"
+    remedy = UNTRAINED_REMEDY
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
 """SGD over epochs of augmented batches (Wu & Wang, NeurIPS 2021, section 5.1)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.augment import make_transform
-from data.datasets import ImageSet, Normalization
+from data.datasets import Dataset, ImageSet, Normalization
 from data.triggers import Trigger
 from engine.drive import Means
+from engine.evaluation import Evaluator, Report
 from engine.runtime import autocast
 from utils.config import Config, Range, checked, setting
 from utils.seeding import seeded_generator
@@ -97,6 +98,7 @@ class TrainingLoop:
 
     title, unit = "training", "batch"
     columns = COLUMNS
+    remedy = "it diverged; train it with a lower --lr"
 
     def __init__(
         self, network: nn.Module, train: ImageSet, normalization: Normalization, flip: bool, config: TrainConfig
@@ -204,3 +206,30 @@ class SgdLoop(TrainingLoop):
         loss.backward()
         self.optimizer.step()
         return loss, (logits.argmax(1) == labels).sum()
+
+
+def measure_of(
+    loop: TrainingLoop, trigger: Trigger | None, dataset: Dataset, precision: torch.dtype
+) -> Callable[[], Report | None]:
+    """Return a function that measures the network as it is.
+
+    Args:
+        loop: the training; it may learn the trigger with the network.
+        trigger: else; None where there is none.
+        dataset: on whose test images.
+        precision: data type of the evaluation.
+
+    Raises:
+        InputError: the trigger does not fit the test images.
+    """
+    fixed = Evaluator(dataset.test, trigger, dataset.normalization, precision)
+
+    def measure() -> Report | None:
+        if not loop.is_trained():
+            return None
+        learnt = loop.draw_trigger(dataset.test)
+        if learnt is None:
+            return fixed(loop.network)
+        return Evaluator(dataset.test, learnt, dataset.normalization, precision, cross=True)(loop.network)
+
+    return measure

@@ -1,20 +1,24 @@
 """Model cards: a small JSON file beside each checkpoint says what it is, so that no flag has to be repeated."""
 
 import hashlib
-import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from utils.errors import InputError
-from utils.files import as_json, as_torch, sha256_of, write_together
+from data.datasets import MEANS, STDS
+from utils.config import Range
+from utils.errors import InputError, quote
+from utils.files import as_json, as_torch, read_json, sha256_of, write_together
 
 CARD_VERSION = 1
 
 
 def card_path(checkpoint: str | Path) -> Path:
-    """Return where a checkpoint's card lies: the same name, ending in .json."""
-    return Path(checkpoint).with_suffix(".json")
+    """Return where a checkpoint's card lies: the same name, ending in .json (in .json.json where it does itself)."""
+    path = Path(checkpoint)
+    return path.with_suffix(".json.json" if path.suffix == ".json" else ".json")
 
 
 def write_with_card(path: str | Path, content: bytes, card: dict[str, Any]) -> None:
@@ -45,37 +49,58 @@ def read_card(path: str | Path) -> dict[str, Any] | None:
             bytes than the file's.
     """
     card_file = card_path(path)
-    if not card_file.exists():
+    if not os.path.lexists(card_file):  # a link that leads nowhere is there, and is refused
         return None
-    try:
-        card = json.loads(card_file.read_text())
-        version, expected = card["card_version"], card["sha256"]
-        _check_types(card)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{card_file}: not a card ({error}); move it away and give --arch and other flags") from error
-    if version != CARD_VERSION:
-        raise InputError(f"{card_file}: card version {version}, but only {CARD_VERSION} is known here")
-    found = sha256_of(path)
+    card = read_json(card_file)
+    wrong = [name for name, is_right in _ENTRIES.items() if name in card and not is_right(card[name])]
+    missing = [name for name in ("card_version", "sha256") if name not in card]
+    if wrong or missing:
+        fault = f"{wrong[0]} is {quote(card[wrong[0]])}" if wrong else f"no {missing[0]}"
+        raise InputError(f"{card_file}: not a card ({fault}); move it away and give --arch and other flags")
+    if card["card_version"] != CARD_VERSION:
+        raise InputError(f"{card_file}: card version {card['card_version']}, but only {CARD_VERSION} is known here")
+    found, expected = sha256_of(path), card["sha256"]
     if found != expected:
         raise InputError(
-            f"{path}: sha256 {found[:12]}... is not the {str(expected)[:12]}... of its card {card_file.name}; "
+            f"{path}: sha256 {found[:12]}... is not the {expected[:12]}... of its card {card_file.name}; "
             "the file was damaged or replaced (move the card away if it was replaced)"
         )
     return card
 
 
-def _check_types(card: dict[str, Any]) -> None:
-    """Raise ``TypeError`` or ``ValueError`` where an entry that is used later has the wrong type or range."""
-    mean, std = (card.get("normalization", {}).get(name, [0.5] * 3) for name in ("mean", "std"))
-    checks = {
-        "arch": isinstance(card.get("arch", ""), str),
-        "dataset": isinstance(card.get("dataset", ""), str),
-        "num_classes": type(card.get("num_classes", 10)) is int and card.get("num_classes", 10) > 0,
-        "widen_factor": type(card.get("widen_factor", 1.0)) in (int, float) and 0 < card.get("widen_factor", 1.0) <= 64,
-        "normalization": len(mean) == len(std) == 3 and min(map(float, mean)) >= 0 and min(map(float, std)) > 0,
-        "attack": isinstance(card.get("attack"), (dict, NoneType)),
-        "split": isinstance(card.get("split", {}).get("file"), (str, NoneType)),
-    }
-    wrong = [name for name, right in checks.items() if not right]
-    if wrong:
-        raise ValueError(f"{wrong[0]} is {card[wrong[0]]!r}")
+def _is_number_in(within: Range) -> Callable[[Any], bool]:
+    return lambda value: type(value) in (int, float) and value in within
+
+
+def _is_three_in(within: Range) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and len(value) == 3 and all(map(_is_number_in(within), value))
+
+
+def _is_normalization(value: Any) -> bool:
+    checks = {"mean": _is_three_in(MEANS), "std": _is_three_in(STDS)}
+    return isinstance(value, dict) and all(name in checks and checks[name](part) for name, part in value.items())
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_split(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    return isinstance(value.get("file"), (str, NoneType)) and isinstance(value.get("sha256"), (str, NoneType))
+
+
+# The entries that are used when a card is read, and what they have to be.
+_ENTRIES: dict[str, Callable[[Any], bool]] = {
+    "card_version": lambda value: type(value) is int,
+    "sha256": _is_text,
+    "checkpoint_sha256": _is_text,
+    "arch": _is_text,
+    "dataset": _is_text,
+    "num_classes": lambda value: type(value) is int and value > 0,
+    "widen_factor": _is_number_in(Range(0, 64, open_low=True)),
+    "normalization": _is_normalization,
+    "attack": lambda value: isinstance(value, (dict, NoneType)),
+    "split": _is_split,
+}

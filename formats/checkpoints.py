@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from utils.errors import InputError
+from utils.errors import InputError, shorten
 from utils.files import load_torch
 
 WRAPPERS = ("state_dict", "model", "net", "netC", "model_state", "model_state_dict")
-PREFIXES = ("module.", "model.", "net.")
+PREFIXES = ("module.", "model.", "net.", "_orig_mod.")  # the last one is torch.compile's
+AVERAGED = "n_averaged"  # of stochastic weight averaging (torch.optim.swa_utils), beside weights below ``module.``
 
 
 def _is_state_dict(content: Any) -> bool:
@@ -18,7 +19,7 @@ def _is_state_dict(content: Any) -> bool:
 
 
 def unwrap(content: Any, path: str | Path) -> dict[str, Tensor]:
-    """Find the state_dict in what a checkpoint holds and strip one prefix common to all keys.
+    """Find the state_dict in what a checkpoint holds and strip prefixes common to all keys.
 
     Args:
         content: what ``load_torch`` returned.
@@ -33,14 +34,20 @@ def unwrap(content: Any, path: str | Path) -> dict[str, Tensor]:
         content = next((content[key] for key in WRAPPERS if key in content), content)
     if not _is_state_dict(content):
         raise InputError(f"{path}: holds no state_dict; expected tensors by name, bare or under {', '.join(WRAPPERS)}")
-    for prefix in PREFIXES:
-        if all(str(name).startswith(prefix) for name in content):
-            return {name.removeprefix(prefix): tensor for name, tensor in content.items()}
+    if all(name == AVERAGED or str(name).startswith("module.") for name in content):
+        content = {name: tensor for name, tensor in content.items() if name != AVERAGED}
+    while content and (prefix := _common_prefix(content)):
+        content = {name.removeprefix(prefix): tensor for name, tensor in content.items()}
     return content
 
 
+def _common_prefix(state_dict: dict[str, Tensor]) -> str | None:
+    return next((prefix for prefix in PREFIXES if all(str(name).startswith(prefix) for name in state_dict)), None)
+
+
 def _listing(what: str, names: list[str]) -> str:
-    return f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
+    shown = ", ".join(map(shorten, names[:3]))
+    return f"{len(names)} {what} ({shown}{', ...' if len(names) > 3 else ''})" if names else ""
 
 
 def load_strictly(network: nn.Module, state_dict: dict[str, Tensor], path: str | Path) -> None:
@@ -55,6 +62,9 @@ def load_strictly(network: nn.Module, state_dict: dict[str, Tensor], path: str |
         InputError: keys are missing, unexpected, differently shaped or of another kind, or a value is not finite.
     """
     own = network.state_dict()
+    for name, tensor in state_dict.items():
+        if not is_dense(tensor):
+            raise InputError(f"{path}: {shorten(str(name))} is no dense tensor ({tensor.layout} {tensor.dtype})")
     missing = [name for name in own if name not in state_dict]
     unexpected = [str(name) for name in state_dict if name not in own]
     shapes = [
@@ -69,17 +79,25 @@ def load_strictly(network: nn.Module, state_dict: dict[str, Tensor], path: str |
             "check --arch, --widen-factor and the number of classes"
         )
     for name, tensor in state_dict.items():
-        if (
-            tensor.layout != torch.strided
-            or tensor.is_meta
-            or tensor.is_quantized
-            or (tensor.is_floating_point() != own[name].is_floating_point() or tensor.is_complex())
-        ):
-            raise InputError(f"{path}: {name} is a {tensor.layout} {tensor.dtype} tensor, expected {own[name].dtype}")
-        bad = int((~torch.isfinite(tensor.to(own[name].dtype))).sum())
-        if bad:
-            raise InputError(f"{path}: {name} holds {bad} values that are NaN or infinite")
-    network.load_state_dict(state_dict)
+        _check_values(name, tensor, own[name], path)
+    if not any(tensor.is_meta for tensor in own.values()):
+        network.load_state_dict(state_dict)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Say whether a tensor is one of plain numbers in memory: not sparse, nested, quantized or without values."""
+    odd = tensor.is_nested or tensor.is_meta or tensor.is_quantized or tensor.is_complex()
+    return tensor.layout == torch.strided and not odd
+
+
+def _check_values(name: str, tensor: Tensor, own: Tensor, path: str | Path) -> None:
+    if tensor.is_floating_point() != own.is_floating_point():
+        raise InputError(f"{path}: {name} is a {tensor.dtype} tensor, expected {own.dtype}")
+    bad = int((~torch.isfinite(tensor.to(own.dtype))).sum())
+    if bad:
+        raise InputError(f"{path}: {name} holds {bad} values that are NaN or infinite")
+    if name.rpartition(".")[2] == "running_var" and bool((tensor < 0).any()):
+        raise InputError(f"{path}: {name} holds negative variances; the file was not saved by a training")
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """``mask_values.txt``: every neuron with its mask, in the text format that the release and three toolkits share."""
 
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -7,7 +8,8 @@ from torch import nn
 
 from formats.cards import read_card, write_with_card
 from models.neurons import MASK_DECIMALS, Neuron, affine_norms
-from utils.errors import InputError
+from utils.errors import InputError, quote, shorten
+from utils.files import read_text
 
 HEADER = ("No", "Layer Name", "Neuron Idx", "Mask Score")
 SEPARATOR = " \t "
@@ -37,12 +39,9 @@ def check_source(path: str | Path, checkpoint_sha256: str) -> None:
 
 
 def _parse(path: str | Path) -> list[Neuron]:
-    try:
-        lines = Path(path).read_text().splitlines()
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; step 2 (optimize_mask_cifar.py) writes it") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from error
+    if not os.path.lexists(path):
+        raise InputError(f"{path}: no such file; step 2 (optimize_mask_cifar.py) writes it")
+    lines = read_text(path).splitlines()
     if not lines or tuple(word.strip() for word in lines[0].split("\t")) != HEADER:
         raise InputError(f"{path}: not a mask file; the first line must be {SEPARATOR.join(HEADER)!r}")
     neurons = []
@@ -51,9 +50,11 @@ def _parse(path: str | Path) -> list[Neuron]:
             _, layer, index, mask = (word.strip() for word in line.split("\t"))
             neurons.append(Neuron(layer, int(index), float(mask)))
         except ValueError as error:
-            raise InputError(f"{path}: line {number} is {line!r}, expected number, layer, channel and mask") from error
+            raise InputError(
+                f"{path}: line {number} is {quote(line)}, expected number, layer, channel and mask"
+            ) from error
         if not 0 <= neurons[-1].mask <= 1:
-            raise InputError(f"{path}: line {number}: mask {mask} is outside 0..1")
+            raise InputError(f"{path}: line {number}: mask {shorten(mask)} is outside 0..1")
     return neurons
 
 
@@ -78,6 +79,6 @@ def read_masks(path: str | Path, network: nn.Module) -> list[Neuron]:
         strange = sorted(found ^ own)[:1] or repeated
         raise InputError(
             f"{path}: {len(neurons)} neurons, but the network has {len(own)} (first difference: "
-            f"{strange[0][0]} {strange[0][1]}); was it made for another architecture or width?"
+            f"{shorten(strange[0][0])} {shorten(str(strange[0][1]))}); was it made for another architecture or width?"
         )
     return neurons

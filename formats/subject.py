@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from data.datasets import DataConfig, Dataset, ImageSet, Normalization, SourceConfig, load_dataset
+from data.datasets import MEANS, STDS, DataConfig, Dataset, ImageSet, Normalization, SourceConfig, load_dataset
 from data.split import HELD_OUT, absolute, defender_index, load_permutation, permutation_digest
+from data.triggers import Trigger, count_unchanged
 from engine.evaluation import Evaluator
 from engine.runtime import Runtime
 from formats.cards import card_path, read_card
@@ -17,9 +18,9 @@ from formats.checkpoints import load_strictly, read_state_dict
 from formats.trigger_file import load_trigger
 from models import ARCHITECTURES, ModelConfig, build_model
 from utils.config import Config, InputFile, Range, add_flags, from_flags, given_flags, required, setting
-from utils.errors import InputError
+from utils.console import announce
+from utils.errors import InputError, quote
 from utils.files import sha256_of
-from utils.run import announce
 
 C = TypeVar("C", bound=Config)
 
@@ -48,8 +49,8 @@ class SubjectConfig(Config):
     """The network to repair, and who knows what about it."""
 
     checkpoint: InputFile = required("the backdoored network", flag="--checkpoint --checkpoints", metavar="FILE")
-    trigger_info: InputFile = setting(
-        "", "the trigger, to report the ASR; without it only clean accuracy is reported", metavar="FILE"
+    trigger_info: InputFile | None = setting(
+        None, "the trigger, to report the ASR; without it only clean accuracy is reported", metavar="FILE"
     )
     val_frac: float = setting(
         0.01,
@@ -60,12 +61,12 @@ class SubjectConfig(Config):
         None,
         "mean with which the network's input is normalised, on the 0..1 scale "
         "(default: the card's, else the dataset's)",
-        Range(0),
+        MEANS,
     )
     std: tuple[float, float, float] | None = setting(
         None,
         "standard deviation with which it is normalised, on the 0..1 scale (default: the card's, else the dataset's)",
-        Range(0, open_low=True),
+        STDS,
     )
 
 
@@ -86,7 +87,9 @@ def _agree(path: str, name: str, given: Any, known: Any) -> Any:
     """
     if given is not None and known is not None and given != known:
         flag = "--" + name.replace("_", "-")
-        raise InputError(f"{flag} {given} contradicts the card of {path}, which says {known}; leave the flag out")
+        raise InputError(
+            f"{flag} {given} contradicts the card of {path}, which says {quote(known)}; leave the flag out"
+        )
     return known if given is None else given
 
 
@@ -136,7 +139,7 @@ def _normalization(config: SubjectConfig, card: dict[str, Any] | None, own: Norm
 
 def _build(path: str, state_dict: dict[str, Tensor], arch: str, width: float, classes: int) -> nn.Module:
     if arch not in ARCHITECTURES:
-        raise InputError(f"{path}: its card says {arch}, but only {', '.join(ARCHITECTURES)} can be built here")
+        raise InputError(f"{path}: its card says {quote(arch)}, but only {', '.join(ARCHITECTURES)} can be built here")
     network = build_model(arch, classes, width)
     load_strictly(network, state_dict, path)
     return network.to(memory_format=torch.channels_last).eval()
@@ -168,7 +171,7 @@ def load_surrogate(
     if (card.get("attack") or {}).get("poison_type", "benign") != "benign":
         announce(f"{path}: its card says that it is backdoored itself; a surrogate should be a clean network")
     if card.get("dataset", dataset) != dataset:
-        raise InputError(f"{path}: a network for {card['dataset']}, but the run is on {dataset}")
+        raise InputError(f"{path}: a network for {quote(card['dataset'])}, but the run is on {dataset}")
     if card.get("split", {}).get("sha256", split) != split:
         raise InputError(f"{path}: trained on another split, and so perhaps on the defender's images; see --split-file")
     known = {**asdict(normalization), **card.get("normalization", {})}
@@ -200,6 +203,8 @@ def load_subject(
     _check_classes(path, card, dataset)
     network = _build(path, state_dict, model.arch, model.widen_factor, dataset.num_classes)
     trigger = load_trigger(config.trigger_info, dataset.num_classes) if config.trigger_info else None
+    if card is None:
+        announce(f"{path}: no card, so nothing says whether these are the bytes that its author published")
     normalization = _normalization(config, card, dataset.normalization)
     split_file, permutation = _permutation(path, source.split_file, card, len(dataset.train))
     clean = dataset.train[defender_index(permutation, config.val_frac)]
@@ -221,7 +226,19 @@ def load_subject(
     }
     subject = Subject(network.to(runtime.device), normalization, dataset.flip, clean, described)
     sizes = {"batch_size": batch_size} if batch_size else {}
-    return subject, Evaluator(dataset.test, trigger, normalization, runtime.precision, clean, **sizes)
+    evaluator = Evaluator(dataset.test, trigger, normalization, runtime.precision, clean, **sizes)
+    if trigger:
+        _check_effect(config.trigger_info, dataset.test, trigger, evaluator.sets["triggered"])
+    return subject, evaluator
+
+
+def _check_effect(path: str, test: ImageSet, trigger: Trigger, triggered: ImageSet) -> None:
+    """Refuse a trigger that changes no test image, and say so where it leaves some as they are."""
+    unchanged, count = count_unchanged(test, trigger, triggered), len(triggered)
+    if unchanged == count:
+        raise InputError(f"{path}: this trigger changes none of {count} test images; its success rate would be none")
+    if unchanged:
+        announce(f"warning: {path}: this trigger leaves {unchanged} of {count} test images as they are")
 
 
 def _check_classes(path: str, card: dict[str, Any] | None, dataset: Dataset) -> None:

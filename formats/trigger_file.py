@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from data.triggers import MODES, Trigger
-from utils.errors import InputError
+from formats.checkpoints import is_dense
+from utils.errors import InputError, quote, shorten
 from utils.files import load_torch, save_torch
 
 KEYS = ("trigger_pattern", "trigger_mask", "trigger_alpha", "poison_target", "data_index")
 ORDERED = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float32, torch.float64)
+LARGEST = 2**29  # numbers in one entry: a trigger for each of 10,000 images of 128x128 fits
 MODE = "trigger_mode"  # ours, and only in files of triggers that are added; the release's all blend
 
 
@@ -37,11 +39,14 @@ def _numbers(content: dict, key: str, path: str | Path, low: float, high: float)
     value = content[key]
     try:
         value = value if isinstance(value, Tensor) else torch.from_numpy(np.asarray(value))
-        if value.is_complex() or value.is_meta or value.is_quantized or value.layout != torch.strided:
+        if not is_dense(value):
             raise TypeError(f"{value.layout} {value.dtype}")
+        if value.numel() > LARGEST:
+            raise ValueError(f"{value.numel()} numbers")
         value = value if value.dtype in ORDERED else value.double()
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{path}: {key} is no array of numbers") from error
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        reason = shorten(str(error).partition("\n")[0])
+        raise InputError(f"{path}: {key} is no array of numbers ({reason})") from error
     if value.numel():
         smallest, largest = (float(bound) for bound in value.aminmax())  # NaN if any is
         if not (math.isfinite(smallest) and math.isfinite(largest)):
@@ -73,7 +78,7 @@ def load_trigger(path: str | Path, num_classes: int) -> Trigger:
         raise InputError(f"{path}: not a trigger file; expected a dict with {', '.join(KEYS)}")
     mode = content.get(MODE, MODES[0])
     if not isinstance(mode, str) or mode not in MODES:
-        raise InputError(f"{path}: {MODE} is {mode!r}, expected {' or '.join(MODES)}")
+        raise InputError(f"{path}: {MODE} is {quote(mode)}, expected {' or '.join(MODES)}")
     highest = {"trigger_pattern": 255, "trigger_mask": 1, "trigger_alpha": 1, "poison_target": num_classes - 1}
     lowest = {"trigger_pattern": -255} if mode == "add" else {}
     pattern, mask, alpha, target = (
@@ -88,6 +93,8 @@ def load_trigger(path: str | Path, num_classes: int) -> Trigger:
         )
     if alpha.numel() != 1 or not target.numel():
         raise InputError(f"{path}: expected one trigger_alpha and at least one poison_target")
+    if not alpha.any() or not mask.any():
+        raise InputError(f"{path}: trigger_{'mask' if alpha.any() else 'alpha'} is 0: it would change no image")
     return Trigger(
         pattern.float() if mode == "add" else _whole(pattern, torch.uint8, "trigger_pattern", path),
         mask if mask.is_floating_point() else mask.double(),

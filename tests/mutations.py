@@ -185,8 +185,8 @@ MUTATIONS = [
         ),
         (
             "drive: no row before the first step",
-            "    yield from rows()\n    for _",
-            "    for _",
+            "        yield from rows()\n        for _",
+            "        for _",
             "test_drive.py -k every_row",
         ),
         (
@@ -441,8 +441,8 @@ MUTATIONS = [
         ),
         (
             "step 3: drop taken for a share",
-            "config.max_acc_drop / 100",
-            "config.max_acc_drop",
+            "accuracies, max_drop / 100",
+            "accuracies, max_drop",
             "test_pruning.py -k choice",
         ),
     ),

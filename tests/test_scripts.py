@@ -222,13 +222,13 @@ def test_first_row_and_rows_of_step_2(trained):
 @pytest.mark.parametrize("iterations", [1, 5])
 def test_as_many_iterations_as_asked(folder, iterations):
     args = ["--output-dir", str(folder), *source(folder), "--val-frac", "0.1", "--batch-size", "16"]
-    assert optimize.main([*args, "--nb-iter", str(iterations)]) == 0
+    assert optimize.main([*args, "--nb-iter", str(iterations), "--overwrite"]) == 0
     assert rows(folder, "optimize")[1][-1]["iteration"] == iterations
 
 
 def test_without_a_trigger_file(folder, capsys):
     checkpoint = ["--checkpoint", f"{folder}/last_model.th", "--output-dir", str(folder)]
-    assert optimize.main([*checkpoint, *MASKS]) == 0
+    assert optimize.main([*checkpoint, *MASKS, "--overwrite"]) == 0
     assert "clean accuracy only" in capsys.readouterr().out
     pruning = ["--mask-file", f"{folder}/mask_values.txt", "--val-frac", "0.1", "--pruning-max", "0.1"]
     assert prune.main([*checkpoint, *pruning]) == 0
@@ -241,7 +241,7 @@ def test_without_a_trigger_file(folder, capsys):
 
 def test_a_network_without_a_card(folder, capsys):
     (folder / "last_model.json").unlink()
-    args = ["--output-dir", str(folder), *source(folder), *MASKS]
+    args = ["--output-dir", str(folder), *source(folder), *MASKS, "--overwrite"]
     assert "--widen-factor" in failure(capsys, optimize, [*args, "--dataset", "tiny"])
     assert optimize.main([*args, *WIDTH, "--dataset", "tiny"]) == 0
     out = capsys.readouterr().out
@@ -255,14 +255,14 @@ def test_a_network_without_a_card(folder, capsys):
     [["--arch", "vgg19_bn"], ["--widen-factor", "1"], ["--dataset", "small"], ["--std", "0.2", "0.2", "0.2"]],
 )
 def test_a_flag_against_the_card(folder, flags, capsys):
-    error = failure(capsys, optimize, ["--output-dir", str(folder), *source(folder), *MASKS, *flags])
+    error = failure(capsys, optimize, ["--output-dir", str(folder / "out"), *source(folder), *MASKS, *flags])
     assert f"{flags[0]}" in error and "contradicts the card" in error
 
 
 def test_another_split_than_the_cards(folder, tmp_path, capsys):
     (tmp_path / "split.txt").write_text("\n".join(map(str, range(600))))
     split = ["--split-file", str(tmp_path / "split.txt")]
-    error = failure(capsys, optimize, ["--output-dir", str(folder), *source(folder), *MASKS, *split])
+    error = failure(capsys, optimize, ["--output-dir", str(folder / "out"), *source(folder), *MASKS, *split])
     assert "not the split" in error
 
 
@@ -276,7 +276,7 @@ def test_split_file_of_step_1_is_found_again(tmp_path):
 
 
 def test_bad_files_of_steps_2_and_3(folder, capsys):
-    out = ["--output-dir", str(folder)]
+    out = ["--output-dir", str(folder / "out")]
     masks = ["--mask-file", f"{folder}/mask_values.txt", "--val-frac", "0.1"]
     missing = ["--checkpoint", f"{folder}/none.th"]
     assert "no such file" in failure(capsys, optimize, [*out, *missing, *MASKS])
@@ -295,14 +295,14 @@ def test_bad_files_of_steps_2_and_3(folder, capsys):
     torch.save(state, folder / "nan.th")
     nan = [*out, "--checkpoint", f"{folder}/nan.th", *WIDTH, "--dataset", "tiny"]
     assert "bn1.weight holds 1 values that are NaN" in failure(capsys, optimize, nan)
-    assert not (folder / "repaired_model.th").exists()
+    assert {path.name for path in (folder / "out").iterdir()} <= {".lock"}
 
 
 def test_masks_of_another_checkpoint(folder, capsys):
-    args = ["--output-dir", str(folder), "--dataset", "tiny", *WIDTH, "--epoch", "1", "--seed", "1", "--overwrite"]
-    assert train.main(args) == 0
+    other = ["--output-dir", str(folder / "other")]
+    assert train.main([*other, "--dataset", "tiny", *WIDTH, "--epoch", "1", "--seed", "1"]) == 0
     masks = ["--mask-file", f"{folder}/mask_values.txt", "--val-frac", "0.1"]
-    assert "another checkpoint" in failure(capsys, prune, ["--output-dir", str(folder), *source(folder), *masks])
+    assert "another checkpoint" in failure(capsys, prune, [*other, *source(folder / "other"), *masks])
 
 
 def test_a_pending_row_is_measured_with_the_saved_masks(folder, monkeypatch):
@@ -482,7 +482,9 @@ def test_sweep_by_number_reaches_the_last_neuron(folder):
     args = ["--output-dir", str(folder), *source(folder), "--mask-file", f"{folder}/mask_values.txt"]
     assert prune.main([*args, "--val-frac", "0.1", "--pruning-by", "number", "--pruning-step", "250"]) == 0
     assert [row["pruned"] for row in rows(folder, "pruning_by_number")[1]] == [0, 250, 500]
-    assert prune.main([*args, "--val-frac", "0.1", "--pruning-by", "number", "--pruning-step", "300"]) == 0
+    assert (
+        prune.main([*args, "--val-frac", "0.1", "--pruning-by", "number", "--pruning-step", "300", "--overwrite"]) == 0
+    )
     lines = (folder / "pruning_by_number.txt").read_text().splitlines()
     assert [line.split(" \t ")[0] for line in lines] == ["No", "0", "300", "600"]
     assert all(line.count("\t") == 7 for line in lines)

@@ -1,1 +1,3 @@
 """Around a run: errors, seeding, files, configs and flags, table, plots, signals. Imports nothing of this project."""
+
+VERSION = "1.0.0"

@@ -4,11 +4,16 @@ Flags are made from its fields, and a Python caller's values are checked like th
 """
 
 import argparse
+import difflib
 import math
+import numbers
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields
 from types import NoneType
-from typing import Any, TypeVar, get_args
+from typing import Any, NoReturn, TypeVar, get_args
+
+from utils import VERSION
+from utils.errors import printable, quote
 
 C = TypeVar("C", bound="Config")
 
@@ -89,12 +94,27 @@ class Config:
     def __post_init__(self):
         for each in fields(self):
             value, within, choices = getattr(self, each.name), _meta(each, "within"), _meta(each, "choices")
-            entries = value if isinstance(value, tuple) else () if value is None else (value,)
-            place = f"{type(self).__name__}.{each.name} = {value!r}"
+            entries = value if isinstance(value, tuple) else (value,)
+            if value is None and NoneType in (each.type, *get_args(each.type)):
+                entries = ()
+            place = f"{type(self).__name__}.{each.name} = {quote(value)}"
+            if not all(_is_of(entry, _entry_type(each.type)) for entry in entries):
+                raise ValueError(f"{place} is no {_TYPE_NAMES[_entry_type(each.type)]}")
             if within and not all(entry in within for entry in entries):
                 raise ValueError(f"{place} is out of range: it must be {within}")
             if choices and any(entry not in choices for entry in entries):
                 raise ValueError(f"{place}: choose from {', '.join(choices)}")
+
+
+_NUMBERS = {int: numbers.Integral, float: numbers.Real}
+_TYPE_NAMES = {int: "whole number", float: "number", str: "text", bool: "truth value"}
+
+
+def _is_of(entry: Any, kind: Any) -> bool:
+    """Say whether a value is of a field's type; NumPy's numbers count, True is no number. Other types are not known."""
+    if kind in _NUMBERS:
+        return isinstance(entry, _NUMBERS[kind]) and not isinstance(entry, bool)
+    return kind not in _TYPE_NAMES or isinstance(entry, kind)
 
 
 def _meta(each: Field, name: str) -> Any:
@@ -143,13 +163,29 @@ def number(kind: type, within: Range) -> Callable[[str], float]:
     return parse
 
 
+def not_empty(kind: type[str]) -> Callable[[str], str]:
+    """Return an argparse type: a text that is not empty, as a shell makes it of a variable that was never set.
+
+    Raises:
+        argparse.ArgumentTypeError: (the returned function) the text is empty.
+    """
+
+    def parse(given: str) -> str:
+        if not given:
+            raise argparse.ArgumentTypeError("expected a name, found an empty text")
+        return kind(given)
+
+    return parse
+
+
 def _specification(each: Field) -> dict[str, Any]:
     """Return what argparse has to know of a field, but for default and help."""
     if each.type is bool:
         return {"action": "store_true"}
     kind, within, choices = _entry_type(each.type), _meta(each, "within"), _meta(each, "choices")
     known = {
-        "type": _meta(each, "kind") or (number(kind, within) if within else kind),
+        "type": _meta(each, "kind")
+        or (number(kind, within) if within else not_empty(kind) if issubclass(kind, str) else kind),
         "nargs": _length(each),
         "choices": list(choices) if choices else None,
         "metavar": None if choices else _meta(each, "metavar") or {int: "N", float: "X"}.get(kind),
@@ -247,11 +283,21 @@ def record_flags(config: Config, args: argparse.Namespace) -> None:
         setattr(args, dest, getattr(config, each.name))
 
 
+class _Parser(argparse.ArgumentParser):
+    """Its errors are one line, safe to print; a flag that does not exist is answered with the nearest one."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ").split()[0]
+        nearest = difflib.get_close_matches(unknown, self._option_string_actions, 1) if unknown[:2] == "--" else []
+        hint = f" (did you mean {nearest[0]}?)" if nearest else ""
+        self.exit(2, f"{self.prog}: error: {printable(message)}{hint}; --help shows every flag\n")
+
+
 def make_parser(doc: str) -> argparse.ArgumentParser:
     """Return a parser that shows a script's docstring and accepts no abbreviated flags."""
-    return argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"adversarial-neuron-pruning {VERSION}")
+    return parser
 
 
 def add_output_flags(parser: argparse.ArgumentParser) -> None:
@@ -259,6 +305,7 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
     group.add_argument(
         "--output-dir",
+        type=not_empty(str),
         default="./save",
         metavar="DIR",
         help="folder for everything the step writes (default: %(default)s)",
@@ -270,5 +317,7 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
         help="continue an interrupted run; on a CPU it ends bit-identical to one never interrupted",
     )
     choice.add_argument(
-        "--overwrite", action="store_true", help="start again; what the step writes replaces what is there"
+        "--overwrite",
+        action="store_true",
+        help="start again; what the step wrote before, and what later steps made of it, is removed first",
     )

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import stat
 import struct
 import warnings
 import zipfile
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from utils.errors import InputError
+from utils.errors import InputError, quote, shorten
 
 # All that NumPy's pickles need to rebuild plain arrays, under the module names of NumPy 1 and NumPy 2.
 _NUMPY_GLOBALS = [
@@ -23,11 +24,120 @@ _NUMPY_GLOBALS = [
     for name in ("_reconstruct", "scalar")
     for package in ("numpy.core", "numpy._core")
 ] + [np.ndarray, np.dtype, *{type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}]
+_READ_ERRORS = (
+    OSError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    LookupError,
+    MemoryError,
+    OverflowError,
+    SyntaxError,
+    struct.error,
+    zipfile.BadZipFile,
+)
+MEGABYTE = 1_000_000
+TEXT_LIMIT = 64 * MEGABYTE  # ten times the masks of the largest network
+JSON_LIMIT = MEGABYTE
+WEIGHTS_ALONE = "its author can save the weights alone: torch.save(model.state_dict(), path)"
+
+
+def check_file(path: str | Path, limit: int | None = None) -> None:
+    """Make sure that a file can be read to its end: a pipe would wait, a device would never end.
+
+    Args:
+        path: the file.
+        limit: in bytes.
+
+    Raises:
+        InputError: there is no such file, it is none, or it is larger than ``limit``.
+    """
+    try:
+        status = Path(path).stat()
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, a device or a socket"
+        raise InputError(f"{path}: is {kind}, expected a file")
+    if limit is not None and status.st_size > limit:
+        raise InputError(f"{path}: {status.st_size / MEGABYTE:.0f} MB, expected {limit // MEGABYTE} MB at most")
+
+
+def read_text(path: str | Path, limit: int = TEXT_LIMIT) -> str:
+    """Read a UTF-8 text file; a byte order mark is dropped.
+
+    Raises:
+        InputError: it is missing, no file, larger than ``limit`` bytes, or no such text.
+    """
+    check_file(path, limit)
+    try:
+        content = Path(path).read_bytes()
+        return content.decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except UnicodeDecodeError as error:
+        hint = "; save it as UTF-8" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
+        raise InputError(f"{path}: not a UTF-8 text file (byte {error.start}){hint}") from error
+
+
+def read_json(path: str | Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        InputError: as ``read_text``, or the text is no JSON object.
+    """
+    text = read_text(path, limit)
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({shorten(str(error))})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a JSON object, found {quote(content)}")
+    return content
+
+
+def read_array(path: str | Path, shape: tuple[int, ...], highest: int = 255) -> torch.Tensor:
+    """Read a ``.npy`` file of whole numbers; nothing is read before type and shape are known to be right.
+
+    Args:
+        path: the file.
+        shape: as expected.
+        highest: largest number allowed, 0..255; the smallest is 0.
+
+    Shape:
+        uint8 ``shape``.
+
+    Raises:
+        InputError: the file is missing, damaged or holds anything else.
+    """
+    check_file(path)
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except _READ_ERRORS as error:  # its reason would recommend to unpickle
+        raise InputError(f"{path}: cannot be read as a .npy file of numbers; write it with numpy.save") from error
+    if not isinstance(array, np.ndarray) or array.shape != shape or array.dtype.kind not in "ui":
+        raise InputError(f"{path}: expected one array of whole numbers of shape {shape}")
+    if array.min() < 0 or array.max() > highest:
+        raise InputError(f"{path}: values from {array.min()} to {array.max()}, expected 0 to {highest}")
+    return torch.from_numpy(array.astype(np.uint8))
 
 
 def sha256_of(path: str | Path) -> str:
-    """Return the sha256 of a file as hexadecimal digits."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    """Return the sha256 of a file as hexadecimal digits; raises ``InputError`` where it cannot be read."""
+    check_file(path)
+    digest = hashlib.sha256()
+    try:
+        with Path(path).open("rb") as file:
+            while block := file.read(MEGABYTE):
+                digest.update(block)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+    return digest.hexdigest()
 
 
 def sha256_of_folder(folder: str | Path) -> str:
@@ -45,15 +155,18 @@ def write_together(contents: dict[Path, bytes]) -> None:
     given: a reader that finds the last one finds all.
 
     Raises:
-        OSError: a folder cannot be written or the disk is full; the old files are then untouched.
+        OSError: a folder cannot be written or the disk is full; it names the file, and the old ones are untouched.
     """
     parts = {path: path.with_name(f".{path.name}.part") for path in contents}
     try:
         for path, part in parts.items():
-            with part.open("wb") as file:
-                file.write(contents[path])
-                file.flush()
-                os.fsync(file.fileno())
+            try:
+                with part.open("wb") as file:
+                    file.write(contents[path])
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:  # a full disk does not say which file
+                raise OSError(error.errno, error.strerror, str(path)) from error
         for path, part in parts.items():
             part.replace(path)
     finally:
@@ -96,31 +209,38 @@ def load_torch(path: str | Path) -> Any:
     Raises:
         InputError: the file is missing or damaged, or asks for any other global; the message names it.
     """
+    check_file(path)
     try:
+        _check_archive(path)
         with torch.serialization.safe_globals(_NUMPY_GLOBALS), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about pickle protocols; what is refused is said below
             return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file") from error
+    except InputError:
+        raise
     except pickle.UnpicklingError as error:
         forbidden = re.search(r"GLOBAL (\S+)", str(error))
-        if forbidden:
-            message = f"{path}: refused, it asks to run {forbidden[1]}; only tensors and numeric arrays are read"
-        else:
-            message = f"{path}: refused, not a plain torch.save file of tensors and numeric arrays"
-        raise InputError(message) from error
-    except (
-        OSError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        AssertionError,
-        LookupError,
-        MemoryError,
-        struct.error,
-        zipfile.BadZipFile,
-    ) as error:
+        found = f"it asks to run {shorten(forbidden[1])}" if forbidden else "not a plain torch.save file"
+        raise InputError(
+            f"{path}: refused, {found}; only tensors and numeric arrays are read ({WEIGHTS_ALONE})"
+        ) from error
+    except _READ_ERRORS as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{path}: cannot be read as a torch.save file ({reason[:200]})") from error
+        raise InputError(f"{path}: cannot be read as a torch.save file ({shorten(reason)})") from error
+
+
+def _check_archive(path: str | Path) -> None:
+    """Refuse a zip archive that is damaged, would grow when it is unpacked, or holds a program.
+
+    torch.load itself checks no checksum, and unpacks whatever it finds.
+    """
+    if not zipfile.is_zipfile(path):
+        return  # the older format, which has no checksums
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        if any(entry.filename.partition("/")[2] == "constants.pkl" for entry in entries):
+            raise InputError(f"{path}: a TorchScript program, and programs are never run here; {WEIGHTS_ALONE}")
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise InputError(f"{path}: a compressed archive; torch.save writes uncompressed ones")
+        damaged = archive.testzip()
+    if damaged:
+        raise InputError(f"{path}: damaged, {quote(damaged)} does not match its checksum; fetch the file again")

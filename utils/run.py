@@ -1,11 +1,17 @@
 """One run of one step in one output folder: lock, log, resume state, clock, progress and signals."""
 
+import math
+import os
 import shlex
 import sys
+import tempfile
 import time
+import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, closing, contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +21,41 @@ import torch
 import torchvision
 from tqdm import tqdm
 
+from utils import VERSION
 from utils.config import InputFile, InputFolder
-from utils.errors import InputError
-from utils.files import load_torch, save_torch, sha256_of, sha256_of_folder
-from utils.signals import Interrupted, Signals
+from utils.console import announce, complain
+from utils.errors import InputError, quote, shorten
+from utils.files import load_torch, save_torch, sha256_of, sha256_of_folder, write_text
+from utils.signals import EXIT_INTERRUPTED, Interrupted, Signals
 from utils.table import Table, read_table
 
-EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 130
-STATE_VERSION = 3  # of the resume files
+EXIT_BAD_INPUT, EXIT_BUG = 1, 70
+STATE_VERSION = 4  # of the resume files
 SAVE_SECONDS = 60.0  # a killed run loses at most this much
-RESUME_OPTIONS = {"resume", "overwrite", "output_dir"}  # may differ between a run and its continuation
+# What may differ between a run and its continuation: it changes no result, or, like the device, stands in the facts.
+FREE_OPTIONS = {"resume", "overwrite", "output_dir", "data_dir", "save_every", "print_every", "export_poisoned"}
+FACT_OPTIONS = {"device", "precision", "threads"}
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """The files of a step, as patterns of names in the output folder.
+
+    Attributes:
+        finished: results; they are replaced with ``--overwrite`` alone.
+        files: all that the step writes. Those that an unfinished run left behind may be replaced.
+        derived: what later steps made of them, and ``--overwrite`` takes along.
+    """
+
+    finished: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+    derived: tuple[str, ...] = ()
 
 
 def versions() -> dict[str, str]:
     """Return the versions that a result depends on."""
     return {
+        "project": VERSION,
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
@@ -42,9 +68,27 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, str) else value
 
 
+def _named(value: Any) -> Any:
+    return "not given" if value is None else value
+
+
 def command_line(script: str, argv: list[str] | None) -> str:
     """Return the command as it can be pasted into a shell."""
     return shlex.join(["python", script, *(sys.argv[1:] if argv is None else argv)])
+
+
+@contextmanager
+def read_as_state(path: Path) -> Iterator[None]:
+    """Turn what a damaged or edited resume state causes in the block into one line.
+
+    Raises:
+        InputError: the block found that something is missing or of the wrong shape or type.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = shorten(str(error).partition("\n")[0])
+        raise InputError(f"{path}: not a resume state of this run ({reason}); --overwrite starts again") from error
 
 
 class Run:
@@ -54,26 +98,32 @@ class Run:
         step: name of the step, the stem of its log and resume files.
         arguments: the parsed command line, with ``output_dir``, ``resume`` and ``overwrite``.
         command: the command as typed.
+        outputs: what the step writes.
+
+    Attributes:
+        saved: the state of the run that is continued, if any.
 
     Raises:
         InputError: another process uses the folder, an unfinished run is there and neither ``--resume`` nor
-            ``--overwrite`` was given, or its arguments were others.
+            ``--overwrite`` was given, or its arguments were others; results are there and ``--overwrite`` was not
+            given; an input would be overwritten.
     """
 
-    def __init__(self, step: str, arguments: Namespace, command: str):
-        self.step, self.command = step, command
+    def __init__(self, step: str, arguments: Namespace, command: str, outputs: Outputs | None = None):
+        self.step, self.command, self.outputs = step, command, outputs or Outputs()
         self.folder = Path(arguments.output_dir)
         self.arguments = arguments
-        self.options = {name: _plain(v) for name, v in sorted(vars(arguments).items()) if name not in RESUME_OPTIONS}
+        self.options = {name: _plain(v) for name, v in sorted(vars(arguments).items()) if name not in FREE_OPTIONS}
         self.resuming, self.overwriting = arguments.resume, arguments.overwrite
         self.snapshot: Callable[[], dict] | None = None
         self.saved: dict | None = None
-        self._state_path = self.folder / f"{step}_resume.th"
+        self.state_path = self.folder / f"{step}_resume.th"
         self._log_path = self.folder / f"{step}_log.jsonl"
         self._facts: dict[str, Any] = {}
         self._signals = Signals()
         self._seconds_before = 0.0
         self._bar: tqdm | None = None
+        self._begun = False
 
     def __enter__(self) -> "Run":
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -86,8 +136,11 @@ class Run:
             ) from error
         self._started = self._last_save = time.monotonic()
         try:
+            self._protect_inputs()
             self.options["sha256"] = self._digests()
             self._find_saved()
+            if not (self.saved or self.overwriting or self.finished_before):
+                self._protect_results()
         except BaseException:
             self._lock.release()
             raise
@@ -100,54 +153,112 @@ class Run:
             if self._bar is not None:
                 self._bar.close()
             if kind is Interrupted and self.snapshot is not None:
-                self.save()
-                error.args = (f"continue with --resume ({self._state_path})",)
+                if not error.at_once:
+                    self.save()
+                if self.state_path.exists():
+                    error.args = (f"continue with --resume ({self.state_path})",)
         finally:
             self._signals.restore()
             self._lock.release()
 
+    def _inputs(self, kind: type) -> dict[str, Path]:
+        return {name: Path(value) for name, value in vars(self.arguments).items() if isinstance(value, kind)}
+
+    def _there(self, patterns: Iterable[str]) -> list[Path]:
+        return sorted({path for pattern in patterns for path in self.folder.glob(pattern)})
+
+    def _protect_inputs(self) -> None:
+        """Make sure that no file is read that the step writes, or removes, whatever link leads to it."""
+        output = self.folder.resolve()
+        patterns = self.outputs.files + self.outputs.derived
+        for name, path in self._inputs(InputFile).items():
+            place = path.resolve()
+            if place.parent == output and any(fnmatch(place.name, pattern) for pattern in patterns):
+                self._refuse_input(name, path, "would be overwritten")
+        for name, path in self._inputs(InputFolder).items():
+            if path.resolve() in (output, *output.parents):
+                self._refuse_input(name, path, f"holds --output-dir {self.folder}")
+
+    @staticmethod
+    def _refuse_input(name: str, path: Path, reason: str) -> None:
+        raise InputError(f"--{name.replace('_', '-')} {path} {reason}; choose another --output-dir")
+
+    def _protect_results(self) -> None:
+        """Make sure that nothing is lost; leftovers of a run that never ended are no results."""
+        unfinished = self._log_path.exists() and read_table(self._log_path)[0].get("ended") is False
+        there = self._there(self.outputs.finished) or ([] if unfinished else self._there(self.outputs.files))
+        if there:
+            raise InputError(f"{there[0]} is there already; choose another --output-dir or --overwrite")
+        if self.resuming:
+            announce(f"{self.folder}: nothing to resume here; starting from the beginning")
+
     def _digests(self) -> dict[str, str]:
         """Name the files that went in, so that a run is never continued with others of the same name."""
-        given = {name: Path(value) for name, value in vars(self.arguments).items() if isinstance(value, InputFile)}
-        folders = {name: Path(value) for name, value in vars(self.arguments).items() if isinstance(value, InputFolder)}
-        files = {name: sha256_of(path) for name, path in given.items() if path.is_file()}
-        return files | {name: sha256_of_folder(path) for name, path in folders.items() if path.is_dir()}
+        files = {name: sha256_of(path) for name, path in self._inputs(InputFile).items() if path.is_file()}
+        folders = self._inputs(InputFolder).items()
+        return files | {name: sha256_of_folder(path) for name, path in folders if path.is_dir()}
 
     def _find_saved(self) -> None:
-        if self.overwriting or not self._state_path.exists():
+        if self.overwriting or not os.path.lexists(self.state_path):
             return
         if not self.resuming:
             raise InputError(
-                f"{self._state_path}: an unfinished run is here; add --resume to continue it or "
+                f"{self.state_path}: an unfinished run is here; add --resume to continue it or "
                 "--overwrite to start again"
             )
-        saved = load_torch(self._state_path)
+        saved = load_torch(self.state_path)
         if not isinstance(saved, dict) or saved.get("state_version") != STATE_VERSION:
-            raise InputError(f"{self._state_path}: not a resume state of this version; --overwrite starts again")
-        self._compare(saved["options"], self.options)
-        self.saved, self._seconds_before = saved, saved["seconds"]
+            raise InputError(f"{self.state_path}: not a resume state of this version; --overwrite starts again")
+        with read_as_state(self.state_path):
+            self._check_saved(saved)
+        self._refuse_others(saved["options"])
+        self.saved, self._seconds_before = saved, float(saved["seconds"])
 
     @staticmethod
-    def _compare(before: dict, now: dict) -> None:
+    def _check_saved(saved: dict) -> None:
+        """Raise ``ValueError``, or whatever a missing entry raises, where a state is none that was saved."""
+        right = (
+            isinstance(saved["options"], dict)
+            and isinstance(saved["options"]["sha256"], dict)
+            and isinstance(saved["runtime"], dict)
+            and math.isfinite(saved["seconds"])
+            and isinstance(saved["rows"], list)
+            and all(isinstance(row, dict) for row in saved["rows"])
+        )
+        if not right:
+            raise ValueError("an entry has another type")
+
+    def _identity(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Return the options that decide the result: files count by their content, not by their names."""
+        files = options["sha256"]
+        return {name: value for name, value in options.items() if name not in FACT_OPTIONS and name not in files}
+
+    def _refuse_others(self, options: dict[str, Any]) -> None:
+        """Raise ``InputError`` where a run was begun with other options than this one."""
+        before, now = self._identity(options), self._identity(self.options)
+        files = before.pop("sha256"), now.pop("sha256")
+        for name in sorted(files[0].keys() | files[1].keys()):
+            if files[0].get(name) != files[1].get(name):
+                raise InputError(
+                    f"--{name.replace('_', '-')} is another file than in the run to resume; "
+                    "use the same, or --overwrite to start again"
+                )
         for name in sorted(before.keys() | now.keys()):
             old, new = before.get(name), now.get(name)
-            if isinstance(old, dict) and isinstance(new, dict):
-                Run._compare(old, new)
-            elif old != new:
+            if old != new:
                 raise InputError(
-                    f"--{name.replace('_', '-')} is {new} but was {old} in the run to resume; "
+                    f"--{name.replace('_', '-')} is {_named(new)} but was {_named(old)} in the run to resume; "
                     "use the same, or --overwrite to start again"
                 )
 
-    def rely_on(self, facts: dict[str, Any]) -> None:
-        """Record what a run depends on beside its arguments, such as device and threads.
+    @property
+    def began_with(self) -> dict[str, Any] | None:
+        """What the run to resume relied on beside its arguments, such as device and threads."""
+        return self.saved and self.saved["runtime"]
 
-        Raises:
-            InputError: the run to resume began with other facts.
-        """
+    def rely_on(self, facts: dict[str, Any]) -> None:
+        """Record what a run depends on beside its arguments, such as device and threads."""
         self._facts = facts
-        if self.saved:
-            self._compare(self.saved["runtime"], facts)
 
     @property
     def finished_before(self) -> bool:
@@ -155,21 +266,28 @@ class Run:
         if not self.resuming or self.saved is not None or not self._log_path.exists():
             return False
         record, _ = read_table(self._log_path)
-        return record.get("ended") is True and record.get("arguments") == self.options
+        options = record.get("arguments")
+        if record.get("ended") is not True or not isinstance(options, dict) or "sha256" not in options:
+            return False
+        return self._identity(options) == self._identity(self.options)
 
     @property
     def seconds(self) -> float:
         """Time spent on this run, interruptions not counted."""
         return self._seconds_before + time.monotonic() - self._started
 
-    def drop_saved(self) -> None:
-        """Forget an older unfinished run: nothing of it may be continued once its files begin to change."""
-        self._state_path.unlink(missing_ok=True)
+    def begin(self) -> None:
+        """Make sure, once, that nothing older is left to be taken for this run's; a continued run keeps all."""
+        if self.saved or self._begun:
+            return
+        self._begun = True
+        self.state_path.unlink(missing_ok=True)
+        patterns = self.outputs.files + (self.outputs.derived if self.overwriting else ())
+        for path in self._there(patterns):
+            path.unlink()
 
     def table(self, columns: dict[str, str]) -> Table:
-        """Open the log: the run begins here. A resumed run starts with the rows it had."""
-        if not self.saved:
-            self.drop_saved()
+        """Open the log. A resumed run starts with the rows it had."""
         record = {
             "step": self.step,
             "command": self.command,
@@ -177,7 +295,8 @@ class Run:
             "runtime": self._facts,
             "versions": versions(),
         }
-        self.log = Table(self._log_path, record, columns, self.saved["rows"] if self.saved else None)
+        with read_as_state(self.state_path):
+            self.log = Table(self._log_path, record, columns, self.saved["rows"] if self.saved else None)
         return self.log
 
     def track(self, steps: Iterable[Any], total: int, done: int, title: str, unit: str) -> Iterator[Any]:
@@ -215,33 +334,30 @@ class Run:
             "seconds": self.seconds,
             "rows": self.log.rows,
         }
-        save_torch(self._state_path, {**state, **self.snapshot()})
+        save_torch(self.state_path, {**state, **self.snapshot()})
 
     def finish(self) -> None:
         """Mark the run as complete; the resume state goes."""
         self.log.write(ended=True)
-        self._state_path.unlink(missing_ok=True)
+        self.state_path.unlink(missing_ok=True)
         self.snapshot = None
 
 
-def announce(message: str) -> None:
-    """Print one line for the reader, beside any progress bar."""
-    tqdm.write(message)
-    sys.stdout.flush()
-
-
-def run_script(work: Callable[[Run], None], step: str, arguments: Namespace, command: str) -> int:
-    """Carry out a step in its output folder and turn a user's mistake into one line on stderr.
+def run_script(
+    work: Callable[[Run], None], step: str, arguments: Namespace, command: str, outputs: Outputs | None = None
+) -> int:
+    """Carry out a step in its output folder and turn whatever goes wrong into one line on stderr.
 
     Args:
         work: the step; called with the run.
-        step, arguments, command: as for ``Run``.
+        step, arguments, command, outputs: as for ``Run``.
 
     Returns:
-        The exit status: 0, 1 for bad input or a full disk, 130 if interrupted.
+        The exit status: 0, 1 for bad input, a full disk or too little memory, 130 if interrupted, 70 for an error
+        nobody foresaw, whose traceback is then in a file.
     """
     try:
-        with Run(step, arguments, command) as run:
+        with Run(step, arguments, command, outputs) as run:
             if run.finished_before:
                 announce(f"{run.folder}: this run is complete; nothing to resume")
                 return 0
@@ -253,9 +369,32 @@ def run_script(work: Callable[[Run], None], step: str, arguments: Namespace, com
         return _fail(step, f"error: {error.filename or 'output'}: {error.strerror or error}", EXIT_BAD_INPUT)
     except (Interrupted, KeyboardInterrupt) as interruption:
         return _fail(step, f"interrupted; {str(interruption) or 'run the command again'}", EXIT_INTERRUPTED)
+    except Exception as error:  # the last line of defence; nothing is swallowed, the traceback is kept
+        if _is_out_of_memory(error):
+            return _fail(step, "error: not enough memory; lower --batch-size or --widen-factor", EXIT_BAD_INPUT)
+        place = _keep_traceback(Path(arguments.output_dir), step)
+        reason = f"{type(error).__name__}: {quote(str(error))}"
+        return _fail(step, f"internal error ({reason}); please report it with {place}", EXIT_BUG)
     return 0
 
 
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def _keep_traceback(folder: Path, step: str) -> Path:
+    """Write the traceback of the exception at hand to a file, in the output folder if that can be written."""
+    for place in (folder, Path(tempfile.gettempdir())):
+        path = place / f"{step}_error.log"
+        try:
+            write_text(path, f"{shlex.join(sys.argv)}\n{versions()}\n{traceback.format_exc()}")
+            return path
+        except OSError:
+            continue
+    traceback.print_exc()  # nowhere to write: better seen than lost
+    return Path("the traceback above")
+
+
 def _fail(step: str, message: str, status: int) -> int:
-    print(f"{step}: {message}", file=sys.stderr)
+    complain(f"{step}: {message}")
     return status

@@ -4,10 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from utils.console import announce
 from utils.errors import InputError
-from utils.files import write_text
+from utils.files import read_text, write_text
 
 
 class Table:
@@ -27,14 +26,14 @@ class Table:
             name: max(len(name), int("".join(c for c in form.split(".")[0] if c.isdigit()) or 0))
             for name, form in columns.items()
         }
-        tqdm.write("  ".join(name.rjust(width) for name, width in self._widths.items()))
+        announce("  ".join(name.rjust(width) for name, width in self._widths.items()))
         for row in rows or []:
             self._print(row)
             self.rows.append(row)
 
     def _print(self, row: dict[str, Any]) -> None:
         cells = (self._cell(row[name], form).rjust(self._widths[name]) for name, form in self.columns.items())
-        tqdm.write("  ".join(cells))
+        announce("  ".join(cells))
 
     @staticmethod
     def _cell(value: Any, form: str) -> str:
@@ -58,8 +57,9 @@ def read_table(path: str | Path) -> tuple[dict, list[dict]]:
     Raises:
         InputError: the file is no log of a run.
     """
+    text = read_text(path)
     try:
-        first, *rows = map(json.loads, Path(path).read_text().splitlines())
+        first, *rows = map(json.loads, text.splitlines())
         return dict(first["record"]), rows
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: not the log of a run; move it away or use --overwrite") from error

@@ -1,0 +1,48 @@
+"""The process and its streams: prepared for what can be wrong with them, and the one way to print."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TextIO
+
+from utils.errors import printable
+from utils.signals import end_silently
+
+
+def prepare_process() -> None:
+    """Prepare a script's process, before the imports that take seconds: Ctrl-C, closed streams, narrow encodings."""
+    end_silently()
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by the caller; the next file would take its place
+            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a path may hold what the terminal cannot show
+
+
+def announce(message: str) -> None:
+    """Print one line for the reader, beside any progress bar."""
+    _print(message, "stdout")
+
+
+def complain(message: str) -> None:
+    """Print one line to stderr, beside any progress bar."""
+    _print(message, "stderr")
+
+
+def _print(message: str, name: str) -> None:
+    from tqdm import tqdm  # not above: a signal during that import would still end in a traceback
+
+    try:
+        tqdm.write(printable(message), getattr(sys, name))
+        getattr(sys, name).flush()
+    except BrokenPipeError:  # the reader has gone, as with `| head`
+        _abandon(getattr(sys, name))
+        signal.raise_signal(signal.SIGTERM)
+
+
+def _abandon(stream: TextIO) -> None:
+    """Send what a stream still holds, and all that follows, nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
