@@ -3,6 +3,11 @@
 python tests/small.py train --epoch 2 ...
 """
 
+if __name__ == "__main__":  # as the scripts do
+    from utils.console import prepare_process
+
+    prepare_process()
+
 import os
 import signal
 import sys

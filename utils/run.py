@@ -27,7 +27,7 @@ from utils.console import announce, complain
 from utils.errors import InputError, quote, shorten
 from utils.files import load_torch, save_torch, sha256_of, sha256_of_folder, write_text
 from utils.signals import EXIT_INTERRUPTED, Interrupted, Signals
-from utils.table import Table, read_table
+from utils.table import Table, read_table, write_log
 
 EXIT_BAD_INPUT, EXIT_BUG = 1, 70
 STATE_VERSION = 4  # of the resume files
@@ -285,19 +285,24 @@ class Run:
         patterns = self.outputs.files + (self.outputs.derived if self.overwriting else ())
         for path in self._there(patterns):
             path.unlink()
+        write_log(self._log_path, self._record, [], ended=False)  # so that whatever is left is known to be unfinished
 
     def table(self, columns: dict[str, str]) -> Table:
         """Open the log. A resumed run starts with the rows it had."""
-        record = {
+        with read_as_state(self.state_path):
+            self.log = Table(self._log_path, self._record, columns, self.saved["rows"] if self.saved else None)
+        return self.log
+
+    @property
+    def _record(self) -> dict[str, Any]:
+        """What produces the rows of the log."""
+        return {
             "step": self.step,
             "command": self.command,
             "arguments": self.options,
             "runtime": self._facts,
             "versions": versions(),
         }
-        with read_as_state(self.state_path):
-            self.log = Table(self._log_path, record, columns, self.saved["rows"] if self.saved else None)
-        return self.log
 
     def track(self, steps: Iterable[Any], total: int, done: int, title: str, unit: str) -> Iterator[Any]:
         """Pass steps through with a progress bar (on a terminal), saving now and then between them.

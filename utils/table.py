@@ -47,8 +47,13 @@ class Table:
 
     def write(self, ended: bool = False) -> None:
         """Write the JSON-lines file; ``ended`` marks the run as complete."""
-        lines = [{"record": {**self.record, "ended": ended}}, *self.rows]
-        write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
+        write_log(self.path, self.record, self.rows, ended)
+
+
+def write_log(path: Path, record: dict, rows: list[dict], ended: bool) -> None:
+    """Write a JSON-lines file: the record, which says whether the run has ended, then the rows."""
+    lines = [{"record": {**record, "ended": ended}}, *rows]
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def read_table(path: str | Path) -> tuple[dict, list[dict]]:
