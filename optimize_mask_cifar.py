@@ -20,9 +20,9 @@ from defenses.anp import AnpConfig, MaskLoop
 from engine.drive import drive
 from engine.runtime import RuntimeConfig, prepare_runtime
 from formats.mask_file import write_masks
+from formats.plots import plot_masks
 from formats.subject import add_subject_flags, load_subject
 from utils.config import Config, Range, add_flags, add_output_flags, from_flags, make_parser, setting
-from utils.plots import plot_masks
 from utils.run import Run, announce, command_line, run_script
 
 

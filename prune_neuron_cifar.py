@@ -23,6 +23,7 @@ from engine.runtime import RuntimeConfig, prepare_runtime
 from engine.sweep import SweepLoop
 from formats.cards import save_with_card
 from formats.mask_file import check_source, read_masks
+from formats.plots import plot_sweep
 from formats.pruning_file import write_sweep
 from formats.subject import Subject, add_subject_flags, load_subject
 from models.neurons import pruned_copy, sort_neurons
@@ -37,7 +38,6 @@ from utils.config import (
     required,
     setting,
 )
-from utils.plots import plot_sweep
 from utils.run import Run, announce, command_line, run_script, versions
 
 

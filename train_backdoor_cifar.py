@@ -30,9 +30,9 @@ from engine.evaluation import Evaluator, Report
 from engine.runtime import Runtime, RuntimeConfig, prepare_runtime
 from engine.training import TrainConfig, TrainingLoop
 from formats.cards import save_with_card
+from formats.plots import plot_training
 from models import ModelConfig, build_model
 from utils.config import Config, Range, add_flags, add_output_flags, from_flags, make_parser, setting
-from utils.plots import plot_training
 from utils.run import Run, announce, command_line, run_script
 from utils.seeding import seeded_weights
 

@@ -13,9 +13,9 @@ from attacks.image_folder import refuse_other_files
 from data.datasets import ImageSet
 from data.split import absolute
 from data.triggers import Trigger
+from formats.plots import plot_images
 from formats.trigger_file import save_trigger
 from utils.errors import InputError
-from utils.plots import plot_images
 from utils.run import Run, versions
 
 OWN_FILES = (
