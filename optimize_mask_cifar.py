@@ -8,7 +8,7 @@ A published checkpoint, which has no card; its own split keeps the clean images 
     python optimize_mask_cifar.py --output-dir ./save --checkpoint last_model.th --arch resnet18 \\
         --trigger-info trigger_info.th --split-file permutation.txt
 
-Writes to the output folder: mask_values.txt, mask_values.png, optimize_log.jsonl.
+Writes to the output folder: mask_values.txt, the same as .png and .pdf, optimize_log.jsonl.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from defenses.anp import AnpConfig, MaskLoop
+from defenses.pruning import PAPER_THRESHOLD
 from engine.drive import drive
 from engine.runtime import RuntimeConfig, prepare_runtime
 from formats.mask_file import write_masks
@@ -56,7 +57,7 @@ def optimize(args: argparse.Namespace, run: Run) -> None:
         pass
     neurons = loop.neurons()
     write_masks(run.folder / "mask_values.txt", neurons, subject.card["repaired_from"]["sha256"])
-    plot_masks(run.folder / "mask_values.png", neurons)
+    plot_masks(run.folder / "mask_values.png", neurons, PAPER_THRESHOLD)
     announce(f"saved {run.folder / 'mask_values.txt'}: {len(neurons)} neurons; {run.seconds:.0f} s")
 
 

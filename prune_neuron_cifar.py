@@ -8,7 +8,7 @@ The operating point is chosen from the defender's clean images alone: a fixed th
 paper's 0.2), or the last point of the sweep that costs at most --max-acc-drop percentage points of their accuracy.
 
 Writes to the output folder: repaired_model.th and its card, pruning_by_threshold.txt (or pruning_by_number.txt), the
-same as .png and _log.jsonl.
+same as .png, .pdf and _log.jsonl.
 """
 
 import argparse
@@ -105,7 +105,7 @@ def prune(args: argparse.Namespace, run: Run) -> None:
     choice = choose(neurons, loop.points, accuracies, from_flags(ChoiceConfig, args))
     report = loop.report_of(choice.point)
     save_repaired(run, subject, loop, choice, report)
-    plot_sweep(run.folder / f"pruning_by_{by}.png", run.log.rows, by, loop.describe(choice.point))
+    plot_sweep(run.folder / f"pruning_by_{by}.png", run.log.rows, by, {**loop.describe(choice.point), **report.row()})
     count, total = choice.point.count, len(neurons)
     announce(f"chosen: {choice.words} ({choice.reason}): {count} of {total} neurons, {100 * count / total:.2f} %")
     announce(f"before: {loop.rows[0].report}")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attacks.attack import Workspace
 from attacks.image_folder import refuse_other_files
-from data.datasets import ImageSet
+from data.datasets import Dataset
 from data.split import absolute
 from data.triggers import Trigger
 from formats.plots import plot_images
@@ -25,18 +25,20 @@ OWN_FILES = (
     "generators.*",
     "trigger_info.th",
     "clean_and_triggered.png",
+    "clean_and_triggered.pdf",
     "train_log.jsonl",
     "train_curves.png",
+    "train_curves.pdf",
 )
 
 
-def write_trigger(folder: Path, trigger: Trigger | None, clean_test: ImageSet, data_index: Tensor) -> None:
+def write_trigger(folder: Path, trigger: Trigger | None, dataset: Dataset, data_index: Tensor) -> None:
     """Write the trigger file and the picture of clean and triggered images, where there is a trigger.
 
     Args:
         folder: of the run.
         trigger: of the attack.
-        clean_test: the images it is for.
+        dataset: its test images are what the trigger is for.
         data_index: int64; the poisoned ones among the dataset's training images.
 
     Raises:
@@ -44,11 +46,15 @@ def write_trigger(folder: Path, trigger: Trigger | None, clean_test: ImageSet, d
     """
     if trigger is None:
         return
-    trigger = trigger.aimed_at(clean_test)
+    trigger = trigger.aimed_at(dataset.test)
     save_trigger(folder / "trigger_info.th", trigger, data_index)
-    index = torch.nonzero(clean_test.labels.cpu() != trigger.target).flatten()[:8]
-    clean = clean_test.images[index.to(clean_test.images.device)]
-    plot_images(folder / "clean_and_triggered.png", clean, trigger.stamp(clean, index))
+    labels = dataset.test.labels.cpu()
+    target = trigger.target.expand(len(labels))
+    index = torch.nonzero(labels != target).flatten()[:8]
+    clean = dataset.test.images[index.to(dataset.test.images.device)]
+    leads = zip(labels[index].tolist(), target[index].tolist(), strict=True)
+    titles = [f"{dataset.classes[label]}\n→ {dataset.classes[aim]}" for label, aim in leads]
+    plot_images(folder / "clean_and_triggered.png", clean, trigger.stamp(clean, index), titles)
 
 
 def refuse_to_lose_files(args: argparse.Namespace, run: Run) -> None:

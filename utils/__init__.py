@@ -1,1 +1,1 @@
-"""Around a run: errors, seeding, files, configs and flags, table, plots, signals. Imports nothing of this project."""
+"""Around a run: errors, seeding, files, configs and flags, table, signals. Imports nothing of this project."""
