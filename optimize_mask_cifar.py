@@ -8,7 +8,7 @@ A published checkpoint, which has no card; its own split keeps the clean images 
     python optimize_mask_cifar.py --output-dir ./save --checkpoint last_model.th --arch resnet18 \\
         --trigger-info trigger_info.th --split-file permutation.txt
 
-Writes to the output folder: mask_values.txt, mask_values.png, optimize_log.jsonl.
+Writes to the output folder: mask_values.txt, the same as .png and .pdf, optimize_log.jsonl.
 """
 
 if __name__ == "__main__":  # before the imports below, which take seconds
@@ -22,16 +22,17 @@ from dataclasses import dataclass
 from functools import partial
 
 from defenses.anp import AnpConfig, MaskLoop
+from defenses.pruning import PAPER_THRESHOLD
 from engine.drive import drive
 from engine.evaluation import is_guessing
 from engine.runtime import RuntimeConfig, prepare_runtime
 from formats.mask_file import write_masks
 from formats.outputs import OUTPUTS
+from formats.plots import plot_masks
 from formats.subject import Subject, add_subject_flags, load_subject
 from utils.config import Config, Range, add_flags, add_output_flags, from_flags, make_parser, setting
 from utils.console import announce
 from utils.errors import InputError
-from utils.plots import plot_masks
 from utils.run import Run, command_line, run_script
 
 
@@ -81,7 +82,7 @@ def optimize(args: argparse.Namespace, run: Run) -> None:
     refuse_useless(run.log.rows, subject)
     neurons = loop.neurons()
     write_masks(run.folder / "mask_values.txt", neurons, subject.card["repaired_from"]["sha256"])
-    plot_masks(run.folder / "mask_values.png", neurons)
+    plot_masks(run.folder / "mask_values.png", neurons, PAPER_THRESHOLD)
     announce(f"saved {run.folder / 'mask_values.txt'}: {len(neurons)} neurons; {run.seconds:.0f} s")
 
 

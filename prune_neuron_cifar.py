@@ -9,7 +9,7 @@ paper's 0.2), a fixed --number of neurons, or the last point of the sweep that c
 points of their accuracy.
 
 Writes to the output folder: repaired_model.th and its card, pruning_by_threshold.txt (or pruning_by_number.txt), the
-same as .png and _log.jsonl.
+same as .png, .pdf and _log.jsonl.
 """
 
 if __name__ == "__main__":  # before the imports below, which take seconds
@@ -30,6 +30,7 @@ from engine.sweep import SweepLoop
 from formats.cards import save_with_card
 from formats.mask_file import check_source, read_masks
 from formats.outputs import OUTPUTS
+from formats.plots import plot_sweep
 from formats.pruning_file import write_sweep
 from formats.subject import Subject, add_subject_flags, load_subject
 from models.neurons import pruned_copy, sort_neurons
@@ -46,7 +47,6 @@ from utils.config import (
 )
 from utils.console import announce
 from utils.errors import InputError
-from utils.plots import plot_sweep
 from utils.run import Run, command_line, run_script, versions
 
 
@@ -124,7 +124,7 @@ def prune(args: argparse.Namespace, run: Run) -> None:
     choice = choose(neurons, loop.points, accuracies, from_flags(ChoiceConfig, args))
     report = loop.report_of(choice.point)
     save_repaired(run, subject, loop, choice, report)
-    plot_sweep(run.folder / f"pruning_by_{by}.png", run.log.rows, by, loop.describe(choice.point))
+    plot_sweep(run.folder / f"pruning_by_{by}.png", run.log.rows, by, {**loop.describe(choice.point), **report.row()})
     count, total = choice.point.count, len(neurons)
     announce(f"chosen: {choice.words} ({choice.reason}): {count} of {total} neurons, {100 * count / total:.2f} %")
     announce(f"before: {loop.rows[0].report}")

@@ -8,8 +8,8 @@ The paper (ResNet-18, BadNets 5 %, target 0; hours on a GPU):
     python train_backdoor_cifar.py --output-dir ./save
 
 Writes to the output folder: last_model.th and its card last_model.json, model_init.th, model_{epoch}.th,
-trigger_info.th, train_log.jsonl, train_curves.png, clean_and_triggered.png; generators.th for input-aware attacks and
-clean_label_set/ for clean-label.
+trigger_info.th, train_log.jsonl, train_curves and clean_and_triggered as .png and .pdf; generators.th for input-aware
+attacks and clean_label_set/ for clean-label.
 """
 
 if __name__ == "__main__":  # before the imports below, which take seconds
@@ -36,10 +36,10 @@ from engine.runtime import Runtime, RuntimeConfig, prepare_runtime
 from engine.training import TrainConfig, measure_of
 from formats.cards import save_with_card
 from formats.outputs import OUTPUTS
+from formats.plots import plot_training
 from models import ModelConfig, build_model
 from utils.config import Config, Range, add_flags, add_output_flags, from_flags, make_parser, setting
 from utils.console import announce
-from utils.plots import plot_training
 from utils.run import Run, command_line, run_script
 from utils.seeding import seeded_weights
 
@@ -114,7 +114,7 @@ def train(args: argparse.Namespace, attack: Attack, config: TrainConfig, run: Ru
     if not run.saved:
         run.begin()
         save_with_card(run.folder / "model_init.th", network.state_dict(), {**card, "epochs": 0})
-    write_trigger(run.folder, poisoned.trigger, dataset.test, data_index)
+    write_trigger(run.folder, poisoned.trigger, dataset, data_index)
     for row, report in drive(run, loop, measure):
         described = {**card, "epochs": row["epoch"], "metrics": report.rounded() if report else {}}
         if report and row["epoch"] % args.save_every == 0:
@@ -122,7 +122,7 @@ def train(args: argparse.Namespace, attack: Attack, config: TrainConfig, run: Ru
     save_with_card(run.folder / "last_model.th", network.state_dict(), described)
     for name, state_dict in loop.companions().items():
         save_with_card(run.folder / f"{name}.th", state_dict, {"content": name, "trained_with": described})
-    write_trigger(run.folder, loop.draw_trigger(dataset.test), dataset.test, data_index)
+    write_trigger(run.folder, loop.draw_trigger(dataset.test), dataset, data_index)
     plot_training(run.folder / "train_curves.png", run.log.rows)
     announce(f"saved {run.folder / 'last_model.th'}: {report}; {run.seconds:.0f} s")
     if report.triggered and report.triggered.accuracy < TAKEN_HOLD:

@@ -7,21 +7,21 @@ from typing import Any
 from torch import Tensor
 
 from attacks.attack import Workspace
-from data.datasets import ImageSet
+from data.datasets import Dataset
 from data.split import absolute
 from data.triggers import Trigger, attacked_index
+from formats.plots import plot_images
 from formats.trigger_file import save_trigger
-from utils.plots import plot_images
 from utils.run import versions
 
 
-def write_trigger(folder: Path, trigger: Trigger | None, clean_test: ImageSet, data_index: Tensor) -> None:
+def write_trigger(folder: Path, trigger: Trigger | None, dataset: Dataset, data_index: Tensor) -> None:
     """Write the trigger file and the picture of clean and triggered images, where there is a trigger.
 
     Args:
         folder: of the run.
         trigger: of the attack.
-        clean_test: the images it is for.
+        dataset: its test images are what the trigger is for.
         data_index: int64; the poisoned ones among the dataset's training images.
 
     Raises:
@@ -29,11 +29,14 @@ def write_trigger(folder: Path, trigger: Trigger | None, clean_test: ImageSet, d
     """
     if trigger is None:
         return
-    trigger = trigger.aimed_at(clean_test)
+    trigger = trigger.aimed_at(dataset.test)
     save_trigger(folder / "trigger_info.th", trigger, data_index)
-    index = attacked_index(clean_test, trigger)[:8]
-    clean = clean_test.images[index]
-    plot_images(folder / "clean_and_triggered.png", clean, trigger.stamp(clean, index))
+    index = attacked_index(dataset.test, trigger)[:8]
+    clean = dataset.test.images[index]
+    aims = trigger.target.expand(len(dataset.test))[index.cpu()]
+    leads = zip(dataset.test.labels[index].tolist(), aims.tolist(), strict=True)
+    titles = [f"{dataset.classes[label]}\n→ {dataset.classes[aim]}" for label, aim in leads]
+    plot_images(folder / "clean_and_triggered.png", clean, trigger.stamp(clean, index), titles)
 
 
 def network_card(workspace: Workspace, split_file: str | None, attack: dict[str, Any], command: str) -> dict[str, Any]:

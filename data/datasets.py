@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchvision.datasets import CIFAR10
 
-from data.synthetic import NUM_CLASSES, draw_images
+from data.synthetic import CLASSES, NUM_CLASSES, draw_images
 from utils.config import Config, InputFile, Range, setting
 from utils.errors import InputError
 
@@ -58,12 +58,14 @@ class Dataset:
         name: a key of ``DATASETS``.
         normalization: of the input of networks trained on it.
         flip: whether a mirrored image keeps its class, so that augmentation may mirror it.
+        classes: their names, in the order of the labels.
         train, test: the images.
     """
 
     name: str
     normalization: Normalization
     flip: bool
+    classes: tuple[str, ...]
     train: ImageSet
     test: ImageSet
 
@@ -75,6 +77,7 @@ class Dataset:
 
 # The std of the ANP release (kuangliu's); many toolkits use (0.247, 0.243, 0.261) instead.
 CIFAR10_NORMALIZATION = Normalization((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SYNTHETIC_NORMALIZATION = Normalization((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 SYNTHETIC_SIZES = {"train": 10_000, "test": 2_000}
 
@@ -99,7 +102,7 @@ def load_cifar10(root: str | Path) -> Dataset:
     except RuntimeError:
         _download_cifar10(root)
         train, test = _read_cifar10(root)
-    return Dataset("cifar10", CIFAR10_NORMALIZATION, True, train, test)
+    return Dataset("cifar10", CIFAR10_NORMALIZATION, True, CIFAR10_CLASSES, train, test)
 
 
 def _download_cifar10(root: Path) -> None:
@@ -121,7 +124,7 @@ def load_synthetic(root: str | Path | None = None) -> Dataset:
         root: not used; the set is drawn, not read.
     """
     train, test = (ImageSet(*draw_images(size, part), NUM_CLASSES) for part, size in SYNTHETIC_SIZES.items())
-    return Dataset("synthetic", SYNTHETIC_NORMALIZATION, True, train, test)
+    return Dataset("synthetic", SYNTHETIC_NORMALIZATION, True, CLASSES, train, test)
 
 
 DATASETS = {"cifar10": load_cifar10, "synthetic": load_synthetic}

@@ -13,7 +13,19 @@ from torch import Tensor
 from utils.seeding import seeded_generator
 
 SIZE = 32
-NUM_CLASSES = 10
+CLASSES = (
+    "disc",
+    "square",
+    "triangle",
+    "ring",
+    "plus",
+    "saltire",
+    "striped disc",
+    "striped square",
+    "chequers",
+    "frame",
+)  # in the order of ``_inside``
+NUM_CLASSES = len(CLASSES)
 SYNTHETIC_SEED = 0
 CHUNK = 500  # images drawn at once
 

@@ -16,7 +16,7 @@ import optimize_mask_cifar
 import prune_neuron_cifar
 import train_backdoor_cifar
 from data.datasets import DATASETS, SYNTHETIC_NORMALIZATION, Dataset, ImageSet
-from data.synthetic import draw_images
+from data.synthetic import CLASSES, draw_images
 from engine.drive import Means
 from utils import run
 
@@ -24,7 +24,7 @@ from utils import run
 def register(name: str, train: int, test: int) -> None:
     """Add a synthetic dataset of another size to the registry."""
     parts = ImageSet(*draw_images(train, "train"), 10), ImageSet(*draw_images(test, "test"), 10)
-    DATASETS[name] = lambda root: Dataset(name, SYNTHETIC_NORMALIZATION, True, *parts)
+    DATASETS[name] = lambda root: Dataset(name, SYNTHETIC_NORMALIZATION, True, CLASSES, *parts)
 
 
 def interrupt_after(patch, batches):

@@ -24,6 +24,7 @@ from attacks.pgd import pgd
 from attacks.sig import sinusoid
 from data.augment import normalize, random_crop_flip, random_rotate
 from data.datasets import SYNTHETIC_NORMALIZATION, Dataset, ImageSet
+from data.synthetic import CLASSES
 from data.triggers import Trigger, triggered_test_set
 from engine.evaluation import Evaluator, crossed, evaluate, inference_copy
 from engine.runtime import Runtime
@@ -48,7 +49,7 @@ def images():
 
 def workspace_of(images, held=None, folder=None, overwrite=False, seed=0):
     """What step 1 lends; the test set is the training set."""
-    dataset = Dataset("drawn", SYNTHETIC_NORMALIZATION, True, images, images)
+    dataset = Dataset("drawn", SYNTHETIC_NORMALIZATION, True, CLASSES, images, images)
     held = torch.arange(len(images)) if held is None else held
     runtime, model = Runtime(torch.device("cpu"), FP32), ModelConfig("resnet18", 1 / 16)
     return Workspace(
@@ -400,7 +401,7 @@ def loop_of(name, images, epochs=2, **settings):
     attack = ATTACKS[name](**settings)
     torch.manual_seed(0)
     config = InputAwareTrainConfig(epochs, 50)
-    dataset = Dataset("drawn", SYNTHETIC_NORMALIZATION, True, images, images)
+    dataset = Dataset("drawn", SYNTHETIC_NORMALIZATION, True, CLASSES, images, images)
     return attack.make_loop(build_model("resnet18", 10, 1 / 16), attack.poison(images), dataset, config)
 
 
@@ -708,7 +709,7 @@ def test_every_training_goes_on_exactly_from_the_middle_of_any_epoch(name, image
         torch.manual_seed(seed)
         attack = ATTACKS[name].from_given(inputs.get(name, {}))
         config = attack.train_config(epochs=2, batch_size=50)
-        dataset = Dataset("drawn", SYNTHETIC_NORMALIZATION, True, train_set, train_set)
+        dataset = Dataset("drawn", SYNTHETIC_NORMALIZATION, True, CLASSES, train_set, train_set)
         small = dataclasses.replace(poisoned, train=poisoned.train[torch.arange(100)])
         return attack.make_loop(build_model("resnet18", 10, 1 / 16), small, dataset, config)
 

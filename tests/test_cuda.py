@@ -12,6 +12,7 @@ from attacks import ATTACKS, CleanLabel
 from attacks.input_aware import InputAwareTrainConfig
 from benchmarks.plain import PlainMasks, plain_train
 from data.datasets import SYNTHETIC_NORMALIZATION, Dataset, ImageSet
+from data.synthetic import CLASSES
 from defenses.anp import AnpConfig, AnpState, MaskLoop, _iterate, apply_masks, draw_batch
 from engine.evaluation import Evaluator
 from engine.runtime import RuntimeConfig, prepare_runtime
@@ -108,7 +109,7 @@ def test_fake_tensors_notice_what_was_left_on_the_cpu(network):
 
 def first_steps(name, images, network, precision):
     config = (InputAwareTrainConfig if name.startswith("iab") else TrainConfig)(epochs=2, batch_size=20)
-    dataset = Dataset("drawn", SYNTHETIC_NORMALIZATION, True, images, images)
+    dataset = Dataset("drawn", SYNTHETIC_NORMALIZATION, True, CLASSES, images, images)
     poisoned, config = ATTACKS["benign"]().poison(images), replace(config, precision=precision)
     loop = ATTACKS[name]().make_loop(network, poisoned, dataset, config)
     steps = loop.steps()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torchvision.datasets import CIFAR10
 
 import train_backdoor_cifar
 from data.augment import normalize
@@ -27,6 +28,7 @@ def test_an_epoch_on_the_real_images(data_dir, tmp_path):
     assert card["attack"]["poisoned_images"] == pytest.approx(0.05 * 40_500, abs=15)
     assert card["metrics"]["clean_accuracy"] > 25
     dataset = load_cifar10(data_dir)
+    assert list(dataset.classes) == CIFAR10(data_dir).classes
     assert len(attacker_index(draw_permutation(len(dataset.train)))) == 45_000
     assert len(triggered_test_set(dataset.test, load_trigger(tmp_path / "trigger_info.th", 10))) == 9_000
     pixels = normalize(dataset.train.images[::25], dataset.normalization)

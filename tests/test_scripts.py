@@ -102,6 +102,8 @@ def test_what_lies_in_the_folder(pruned):
     }  # fmt: skip
     assert not {name for name in names if "resume" in name or name.endswith(".part")}
     assert all((pruned / name).read_bytes()[:4] == b"\x89PNG" for name in names if name.endswith(".png"))
+    for picture in ("train_curves", "clean_and_triggered", "mask_values", "pruning_by_threshold"):
+        assert (pruned / f"{picture}.pdf").read_bytes()[:5] == b"%PDF-"
 
 
 def test_the_repaired_network_is_a_plain_checkpoint(pruned):
@@ -495,6 +497,22 @@ def test_thresholds_in_the_file(folder):
     assert prune.main([*args, "--val-frac", "0.1", "--pruning-max", "0.2", "--pruning-step", "0.1"]) == 0
     lines = (folder / "pruning_by_threshold.txt").read_text().splitlines()
     assert [line.split(" \t ")[3] for line in lines] == ["Mask", "None", "0.0", "0.1", "0.2"]
+
+
+def test_what_the_pictures_of_steps_2_and_3_show(checkpoint, tmp_path, monkeypatch):
+    given = {}
+    monkeypatch.setattr(optimize, "plot_masks", lambda path, neurons, threshold: given.update(threshold=threshold))
+    monkeypatch.setattr(prune, "plot_sweep", lambda path, *rest: given.update(sweep=rest))
+    common, masks = [*checkpoint, "--val-frac", "0.1"], str(tmp_path / "out" / "mask_values.txt")
+    assert optimize.main([*common, "--nb-iter", "1"]) == 0
+    assert prune.main([*common, "--mask-file", masks, "--pruning-max", "0.1", "--threshold", "1"]) == 0
+    assert given["threshold"] == 0.2, "the paper's"
+    sweep, by, chosen = given["sweep"]
+    assert [row["mask"] for row in sweep] == [None, 0, 0.05, 0.1] and by == "threshold"
+    assert (chosen["mask"], chosen["pruned %"]) == (1, 100), "not a point of the sweep"
+    metrics = json.loads((tmp_path / "out" / "repaired_model.json").read_text())["metrics"]
+    assert chosen["C-Acc %"] == pytest.approx(metrics["clean_accuracy"], abs=0.01)
+    assert chosen["defender acc %"] == pytest.approx(metrics["defender_accuracy"], abs=0.01)
 
 
 # ---- repeating, interrupting, killing

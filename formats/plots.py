@@ -1,0 +1,234 @@
+"""The pictures that lie next to the text files, each as PNG and as PDF."""
+
+import io
+import math
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from utils.files import write_together
+
+if TYPE_CHECKING:  # importing it takes time that a run which draws nothing, such as --help, need not spend
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# The colours of Okabe & Ito (2008), which colour-blind readers can tell apart.
+BLACK, ORANGE, GREEN, BLUE, VERMILLION, PURPLE = "#000000", "#E69F00", "#009E73", "#0072B2", "#D55E00", "#CC79A7"
+# Column of a log: label, colour, line style, marker. A quantity looks the same in every figure, also in grey.
+LINES = {
+    "train acc %": ("training accuracy (poisoned set)", PURPLE, "-.", "D"),
+    "C-Acc %": ("C-Acc", BLUE, "-", "o"),
+    "ASR %": ("ASR", VERMILLION, "--", "s"),
+    "defender acc %": ("accuracy on the defender's images", GREEN, ":", "^"),
+    "cross %": ("accuracy with other images' triggers", ORANGE, (0, (5, 1, 1, 1, 1, 1)), "v"),
+}
+RING = {"marker": "o", "markersize": 10, "markerfacecolor": "none", "color": BLACK, "linestyle": "none", "zorder": 9}
+MARKERS = 25  # on a line; more would hide its style
+LAYER_LABELS = 45  # that fit side by side under the masks
+LOOK = {
+    "font.size": 9,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "0.9",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 4.5,
+    "savefig.dpi": 200,
+    "pdf.fonttype": 42,  # TrueType, as publishers demand
+}
+# No dates and no versions: the same rows give the same bytes.
+FORMATS = {".pdf": {"Creator": None, "Producer": None, "CreationDate": None}, ".png": {"Software": None}}
+
+
+def _matplotlib() -> Any:
+    """Import matplotlib, whatever MPLBACKEND says: an unknown name would end the import, and no picture needs one."""
+    if "matplotlib" not in sys.modules:
+        backend = os.environ.pop("MPLBACKEND", None)
+        try:
+            import matplotlib
+        finally:
+            if backend is not None:
+                os.environ["MPLBACKEND"] = backend
+        from matplotlib.backends import backend_registry
+
+        if backend and backend_registry.is_valid_backend(backend):
+            matplotlib.rcParams["backend"] = backend  # the host program may want it
+    import matplotlib.figure
+    import matplotlib.ticker
+
+    return matplotlib
+
+
+@contextmanager
+def _drawn(path: Path, width: float, height: float) -> Iterator["Figure"]:
+    """Lend a figure, in inches, and write it as PNG and PDF; the user's own settings of matplotlib play no part."""
+    matplotlib = _matplotlib()
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(LOOK)
+        figure = matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
+        yield figure
+        contents = {}
+        for suffix, metadata in FORMATS.items():
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=suffix[1:], metadata=metadata)
+            contents[path.with_suffix(suffix)] = buffer.getvalue()
+    write_together(contents)
+
+
+def _draw_lines(axes: "Axes", places: list[float], rows: list[dict], connect: bool = True) -> None:
+    """Draw all that rows know; a row has its place on the x axis."""
+    for zorder, (name, (label, colour, style, marker)) in enumerate(LINES.items(), 3):
+        known = [(place, row[name]) for place, row in zip(places, rows, strict=True) if row.get(name) is not None]
+        if known:
+            axes.plot(
+                *zip(*known, strict=True),
+                label=label if connect else None,
+                color=colour,
+                linestyle=style if connect else "none",
+                marker=marker,
+                markerfacecolor="white" if name == "defender acc %" else colour,  # it often lies on C-Acc
+                markevery=math.ceil(len(known) / MARKERS),
+                zorder=zorder,
+            )
+
+
+def plot_training(path: Path, rows: list[dict]) -> "Figure":
+    """Draw training accuracy, C-Acc, ASR and cross-trigger accuracy against the epoch, as far as they are known.
+
+    Args:
+        path: the PNG file; the PDF file lies beside it.
+        rows: of the training log; accuracies in percent.
+
+    Returns:
+        The figure as it was written.
+
+    Raises:
+        OSError: the folder cannot be written or the disk is full; so for every picture.
+    """
+    with _drawn(path, 6, 4.2) as figure:
+        axes = figure.subplots()
+        _draw_lines(axes, [row["epoch"] for row in rows], rows)
+        axes.set(xlabel="epoch", ylabel="accuracy, ASR (%)", ylim=(-3, 103))
+        axes.xaxis.set_major_locator(_matplotlib().ticker.MaxNLocator("auto", integer=True, min_n_ticks=1))
+        figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+def plot_images(path: Path, clean: Tensor, triggered: Tensor, titles: list[str]) -> "Figure":
+    """Draw a row of clean images, the same with the trigger, and the difference, stretched to full range.
+
+    Args:
+        path: the PNG file; the PDF file lies beside it.
+        clean: the images.
+        triggered: the same with the trigger.
+        titles: one for each image.
+
+    Shape:
+        clean, triggered: uint8 (B, H, W, 3), 0..255.
+
+    Returns:
+        The figure as it was written.
+    """
+    difference = (triggered.int() - clean.int()).abs()
+    factor = 255 // max(int(difference.max()), 1)
+    parts = (("clean", clean), ("triggered", triggered), (f"difference × {factor}", difference * factor))
+    with _drawn(path, 1.05 * len(clean) + 0.3, 3.6) as figure:
+        grid = figure.subplots(len(parts), len(clean), squeeze=False)
+        for row, (name, images) in zip(grid, parts, strict=True):
+            for axes, image in zip(row, images, strict=True):
+                axes.imshow(image.cpu().numpy().astype(np.uint8), interpolation="nearest")
+                axes.set(xticks=[], yticks=[])
+                axes.spines[:].set_visible(False)
+            row[0].set_ylabel(name)
+        for axes, title in zip(grid[0], titles, strict=True):
+            axes.set_title(title, fontsize="small")
+    return figure
+
+
+def plot_masks(path: Path, neurons: list, threshold: float) -> "Figure":
+    """Draw the mask of every neuron, a tuple with ``layer`` and ``mask``, and how many lie below each value.
+
+    Args:
+        path: the PNG file; the PDF file lies beside it.
+        neurons: in any order; layers appear in the order of their first neurons.
+        threshold: the paper's, 0..1; a line is drawn there.
+
+    Returns:
+        The figure as it was written.
+    """
+    layers = list(dict.fromkeys(neuron.layer for neuron in neurons))
+    places = {layer: number for number, layer in enumerate(layers)}
+    step = math.ceil(len(layers) / LAYER_LABELS)
+    jitter = np.random.default_rng(0).uniform(-0.35, 0.35, len(neurons))
+    values = np.array([neuron.mask for neuron in neurons])
+    below = f"{100 * (values <= threshold).mean():.1f} % of the neurons at or below"
+    line = {"color": VERMILLION, "linestyle": "--", "zorder": 3}
+    with _drawn(path, 9, 4.2) as figure:
+        by_layer, total = figure.subplots(1, 2, width_ratios=(2.5, 1))
+        # thousands of points: a bitmap in the PDF
+        where = [places[neuron.layer] for neuron in neurons] + jitter
+        by_layer.scatter(where, values, s=2, alpha=0.5, linewidths=0, color=BLUE, rasterized=True)
+        by_layer.set_xticks(range(0, len(layers), step), layers[::step], rotation=90, fontsize=7)
+        by_layer.set(ylabel="mask", xlim=(-0.7, len(layers) - 0.3), ylim=(-0.03, 1.03))
+        by_layer.set(title="mask of each neuron, by layer" + (f" (1 in {step} is named)" if step > 1 else ""))
+        by_layer.axhline(threshold, **line)
+        by_layer.grid(axis="x", visible=False)
+        total.step(np.sort(values), 100 * np.arange(1, len(values) + 1) / len(values), where="post", color=BLUE)
+        total.axvline(threshold, **line, label=f"the paper's threshold, {threshold:g} ({below})")
+        total.set(xlabel="mask", xlim=(-0.03, 1.03), xticks=np.linspace(0, 1, 6), title="all neurons")
+        total.set(ylabel="neurons at or below (%)", ylim=(-3, 103))
+        figure.legend(loc="outside lower center")
+    return figure
+
+
+def _place_unpruned(axes: "Axes", masks: list[float]) -> float:
+    """Make room for the unpruned network left of 0, and name the place; returns it."""
+    last = max(masks, default=0.0) or 1.0
+    ticks = _matplotlib().ticker.MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(0, last)
+    ticks = [tick for tick in ticks if tick <= last + 1e-9]
+    place = -0.2 * last
+    axes.set_xticks([place, *ticks], ["unpruned", *(f"{tick:.4g}" for tick in ticks)])
+    return place
+
+
+def plot_sweep(path: Path, rows: list[dict], by: str, chosen: dict) -> "Figure":
+    """Draw C-Acc and ASR against the threshold and against the share of neurons pruned (the published figure).
+
+    Args:
+        path: the PNG file; the PDF file lies beside it.
+        rows: the sweep's rows, the unpruned network, whose ``mask`` is None, first; accuracies in percent.
+        by: ``threshold`` or ``number``; what the left picture's axis counts.
+        chosen: the operating point's row; it need not be one of the sweep.
+
+    Returns:
+        The figure as it was written.
+    """
+    known = [name for name in LINES if chosen.get(name) is not None]
+    values = ", ".join(f"{LINES[name][0]} {chosen[name]:.2f} %" for name in known)
+    with _drawn(path, 9, 4) as figure:
+        by_mask, by_share = figure.subplots(1, 2, sharey=True)
+        unpruned = _place_unpruned(by_mask, [row["mask"] for row in (*rows, chosen) if row["mask"] is not None])
+        # apart from the line: no threshold lies between the unpruned network and the first
+        _draw_lines(by_mask, [unpruned] * len(rows[:1]), rows[:1], connect=False)
+        _draw_lines(by_mask, [row["mask"] for row in rows[1:]], rows[1:])
+        _draw_lines(by_share, [row["pruned %"] for row in rows], rows)
+        point = unpruned if chosen["mask"] is None else chosen["mask"]
+        for axes, place in ((by_mask, point), (by_share, chosen["pruned %"])):
+            axes.axvline(place, color="0.6", linewidth=1, zorder=2)
+            _draw_lines(axes, [place], [chosen], connect=False)
+            heights = [chosen[name] for name in known]
+            axes.plot([place] * len(known), heights, **RING, label=f"chosen: {values}")
+        by_mask.set(xlabel="threshold" if by == "threshold" else "mask of the last neuron pruned", ylim=(-3, 103))
+        by_mask.set(ylabel="accuracy, ASR (%)")
+        by_share.set(xlabel="neurons pruned (%)")
+        figure.legend(*by_share.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure
