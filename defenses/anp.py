@@ -230,12 +230,14 @@ def optimize_masks(
         One ``AnpStep`` an iteration.
 
     Raises:
-        ValueError: the network was not converted, or images and labels do not match.
+        ValueError: the network was not converted, images and labels do not match, or images are not finite.
     """
     if not noisy_layers(network):
         raise ValueError("the network has no NoisyBatchNorm; pass it through convert_noisy_batchnorm first")
     if len(images) != len(labels) or not len(labels):
         raise ValueError(f"{len(images)} images and {len(labels)} labels")
+    if images.is_floating_point() and not bool(torch.isfinite(images).all()):
+        raise ValueError("images hold NaN or infinite values")
     state = AnpState.start(network) if state is None else state
     layers = list(noisy_layers(network).values())
     network.requires_grad_(False).eval()

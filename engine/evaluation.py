@@ -9,12 +9,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import symbolic_trace
 from torch.fx.experimental.optimization import fuse
+from tqdm import tqdm
 
 from data.augment import normalize
 from data.datasets import ImageSet, Normalization
 from data.triggers import Trigger, triggered_test_set
 
 EVALUATION_BATCH = 500
+BAR_DELAY = 2.0  # seconds after which a progress bar is worth showing
 CARD_NAMES = {
     "clean": "clean_accuracy",
     "triggered": "attack_success_rate",
@@ -128,7 +130,8 @@ def evaluate(
     """
     loss = torch.zeros((), dtype=torch.float64, device=image_set.images.device)
     correct = torch.zeros_like(loss)
-    for images, labels in zip(image_set.images.split(batch_size), image_set.labels.split(batch_size), strict=True):
+    batches = list(zip(image_set.images.split(batch_size), image_set.labels.split(batch_size), strict=True))
+    for images, labels in tqdm(batches, "measuring", leave=False, disable=None, delay=BAR_DELAY, unit="batch"):
         logits = network(normalize(images, normalization).to(precision)).float()
         loss += F.cross_entropy(logits, labels, reduction="sum")
         correct += (logits.argmax(1) == labels).sum()

@@ -4,6 +4,7 @@ Wu & Wang, *Adversarial Neuron Pruning Purifies Backdoored Deep Models*, NeurIPS
 """
 
 import copy
+import math
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable
@@ -52,12 +53,19 @@ def affine_norms(network: nn.Module) -> dict[str, _BatchNorm]:
 
 
 def mask_values(network: nn.Module) -> list[Neuron]:
-    """Return every neuron of a converted network with its mask, rounded to 4 decimals, in state_dict order."""
-    return [
+    """Return every neuron of a converted network with its mask, rounded to 4 decimals, in state_dict order.
+
+    Raises:
+        ValueError: a mask is NaN, as after a step on a loss that was.
+    """
+    neurons = [
         Neuron(name, index, round(mask, MASK_DECIMALS))
         for name, layer in noisy_layers(network).items()
         for index, mask in enumerate(layer.mask.tolist())
     ]
+    if any(math.isnan(neuron.mask) for neuron in neurons):
+        raise ValueError("the masks are NaN: the loss was not finite; look at the images and lower lr or eps")
+    return neurons
 
 
 def sort_neurons(neurons: Iterable[Neuron]) -> list[Neuron]:

@@ -1,6 +1,7 @@
 import copy
 import io
 import itertools
+import math
 
 import pytest
 import torch
@@ -284,7 +285,22 @@ def test_no_host_sync_inside_an_iteration(network, images, labels):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"eps": -0.1}, {"steps": 0}, {"alpha": 1.1}, {"lr": 0}, {"momentum": 1}, {"iterations": 0}, {"batch_size": 1}],
+    [
+        {"eps": -0.1},
+        {"steps": 0},
+        {"alpha": 1.1},
+        {"lr": 0},
+        {"momentum": 1},
+        {"iterations": 0},
+        {"batch_size": 1},
+        {"lr": math.inf},
+        {"eps": math.nan},
+        {"lr": "0.1"},
+        {"iterations": 2.5},
+        {"steps": True},
+        {"alpha": None},
+        {"project": 1},
+    ],
 )
 def test_settings_out_of_range(changes):
     with pytest.raises(ValueError, match=next(iter(changes))):
@@ -296,6 +312,16 @@ def test_bad_calls(network, images, labels):
         next(optimize_masks(network, images, labels, settings()))
     with pytest.raises(ValueError, match="39 labels"):
         next(optimize_masks(convert_noisy_batchnorm(network), images, labels[:39], settings()))
+    images[3, 0, 0, 0] = math.nan
+    with pytest.raises(ValueError, match="NaN"):
+        next(optimize_masks(convert_noisy_batchnorm(network), images, labels, settings()))
+
+
+def test_masks_that_became_nan_are_not_passed_on(network, images):
+    noisy = convert_noisy_batchnorm(network)
+    noisy.bn1.mask[1] = math.nan
+    with pytest.raises(ValueError, match="the masks are NaN"):
+        mask_values(noisy)
 
 
 def test_apply_masks(network, images):

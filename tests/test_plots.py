@@ -13,7 +13,7 @@ import torch
 from matplotlib.colors import to_hex
 from PIL import Image
 
-from attacks.outputs import clear_folder, write_trigger
+from attacks.outputs import write_trigger
 from benchmarks import figure as readme_figure
 from data.datasets import SYNTHETIC_NORMALIZATION, Dataset, ImageSet
 from data.synthetic import CLASSES, _inside
@@ -282,13 +282,6 @@ def test_the_synthetic_classes_have_the_names_of_their_shapes():
         "chequers": [0, 0, 1, 0, 1, 0],
         "frame": [0, 1, 1, 1, 0, 1],
     }
-
-
-def test_pictures_of_an_older_training_go(tmp_path):
-    for stem in ("train_curves", "clean_and_triggered"):
-        DRAW["training"](tmp_path / f"{stem}.png")
-    clear_folder(tmp_path)
-    assert not list(tmp_path.iterdir())
 
 
 # ---- matplotlib is not imported before it is needed

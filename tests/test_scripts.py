@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from fnmatch import fnmatch
 from pathlib import Path
 
 import filelock
@@ -29,6 +30,7 @@ from engine.evaluation import Metrics, Report
 from engine.runtime import Runtime
 from engine.training import TrainConfig
 from formats.mask_file import write_masks
+from formats.outputs import OUTPUTS
 from formats.subject import load_subject
 from formats.trigger_file import save_trigger
 from models import Neuron, build_model
@@ -101,6 +103,10 @@ def test_what_lies_in_the_folder(pruned):
         "repaired_model.json", "pruning_by_threshold.txt", "pruning_by_threshold.png", "pruning_by_threshold_log.jsonl",
     }  # fmt: skip
     assert not {name for name in names if "resume" in name or name.endswith(".part")}
+    known = [pattern for step in ("train", "optimize", "pruning_by_threshold") for pattern in OUTPUTS[step].files]
+    files = {path.name for path in pruned.iterdir() if path.is_file()}
+    strange = {name for name in files if not any(fnmatch(name, pattern) for pattern in known)}
+    assert strange == {".lock"}, "what no pattern names would survive --overwrite"
     assert all((pruned / name).read_bytes()[:4] == b"\x89PNG" for name in names if name.endswith(".png"))
     for picture in ("train_curves", "clean_and_triggered", "mask_values", "pruning_by_threshold"):
         assert (pruned / f"{picture}.pdf").read_bytes()[:5] == b"%PDF-"
