@@ -123,10 +123,14 @@ def test_every_python_example_is_run_here():
     assert sorted(name for name, _ in blocks("python")) == ["README.md", "docs/attacks.md"]
 
 
-def test_example_your_own_network():
-    names = run_example("README.md")
-    layers = {name for name, module in names["repaired"].named_modules() if hasattr(module, "running_mean")}
-    assert len(layers) == 20 and {neuron.layer for neuron in names["neurons"]} == layers
+def test_example_your_own_network(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    repaired = run_example("README.md")["repaired"]
+    layers = {name for name, module in repaired.network.named_modules() if hasattr(module, "running_mean")}
+    assert len(layers) == 20 and {neuron.layer for neuron in repaired.neurons} == layers
+    saved = torch.load("repaired_model.th")
+    assert all(torch.equal(saved[name], tensor) for name, tensor in repaired.network.state_dict().items())
+    assert f"{repaired.choice.point.count} of 4800 neurons" in capsys.readouterr().out
 
 
 def test_example_an_attack_from_python(capsys):

@@ -1,0 +1,85 @@
+"""All of ANP in one call, for a network and images of one's own."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from defenses.anp import AnpConfig, Transform, optimize_masks
+from defenses.pruning import LAST_THRESHOLD, THRESHOLD_STEP, Choice, ChoiceConfig, choose, threshold_points
+from models.neurons import Neuron, PruningPoint, mask_values, pruned_copy, sort_neurons
+from models.noisy_batchnorm import convert_noisy_batchnorm
+
+BATCH = 500  # images measured at once
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """What a repair returned.
+
+    Attributes:
+        network: a copy, in eval mode, with the chosen neurons pruned.
+        neurons: all neurons with their masks, smallest first.
+        points: of the sweep; the first one prunes nothing.
+        accuracies: of each point on the clean images, 0..1.
+        choice: the operating point, in words and why.
+    """
+
+    network: nn.Module
+    neurons: list[Neuron]
+    points: list[PruningPoint]
+    accuracies: list[float]
+    choice: Choice
+
+
+@torch.inference_mode()
+def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Return the share of right answers in eval mode, 0..1.
+
+    Shape:
+        images: float (N, ...), the network's input. labels: int64 (N,).
+    """
+    network.eval()
+    parts = zip(images.split(BATCH), labels.split(BATCH), strict=True)
+    return sum(int((network(part).argmax(1) == right).sum()) for part, right in parts) / len(labels)
+
+
+def repair(
+    network: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    config: AnpConfig | None = None,
+    choice: ChoiceConfig | None = None,
+    transform: Transform | None = None,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> Repaired:
+    """Learn the masks, sweep over thresholds, choose the operating point from the clean images alone, and prune.
+
+    Args:
+        network: any network with BatchNorms; it is not changed.
+        images: clean images as the network expects them, on its device; some hundreds.
+        labels: their classes.
+        config: of the mask optimisation; None for the paper's.
+        choice: of the operating point; None for the paper's threshold of 0.2.
+        transform: ``transform(batch, generator)`` augments a batch for the mask optimisation; None: no augmentation.
+        progress: sees the iterations pass, such as ``tqdm``.
+
+    Shape:
+        images: float (N, ...). labels: int64 (N,).
+
+    Raises:
+        ValueError: the network has no BatchNorm with scale and shift, images and labels do not match or are not
+            finite, or the masks diverged.
+        TypeError: a BatchNorm cannot be masked.
+    """
+    config = config or AnpConfig()
+    noisy = convert_noisy_batchnorm(network)
+    for _ in progress(optimize_masks(noisy, images, labels, config, transform)):
+        pass
+    neurons = sort_neurons(mask_values(noisy))
+    points = [PruningPoint(0, None, None), *threshold_points(neurons, LAST_THRESHOLD, THRESHOLD_STEP)]
+    accuracies = [accuracy(pruned_copy(network, neurons[: point.count]), images, labels) for point in points]
+    chosen = choose(neurons, points, accuracies, choice or ChoiceConfig())
+    repaired = pruned_copy(network, neurons[: chosen.point.count]).eval()
+    return Repaired(repaired, neurons, points, accuracies, chosen)
