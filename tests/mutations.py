@@ -308,14 +308,20 @@ MUTATIONS = [
         ("step 2: never projected", "if config.project:", "if False:", "test_anp.py -k noise_bounds"),
         (
             "step 2: running statistics within an iteration",
-            "            layer.train()\n",
-            "            layer.eval()\n",
+            "            layer.training = True",
+            "            layer.training = False",
             "test_anp.py -k plain_loop",
         ),
         (
             "step 2: dropout on within an iteration",
-            "        for layer in layers:\n            layer.train()\n",
-            "        network.train()\n",
+            "            layer.training = True",
+            "            network.train()",
+            "test_anp.py -k dropout",
+        ),
+        (
+            "step 2: dropout inside a BatchNorm on",
+            "            layer.training = True",
+            "            layer.train()",
             "test_anp.py -k dropout",
         ),
         (
@@ -518,6 +524,24 @@ MUTATIONS = [
             "F.batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)",
             "F.batch_norm(x, self.running_mean, self.running_var, weight, bias, True, 0.1, self.eps)",
             "test_models.py -k plain_batchnorm",
+        ),
+        (
+            "BatchNorm: a subclass changes its running statistics",
+            "buffer if buffer is None else buffer.clone()",
+            "buffer",
+            "test_models.py -k own_forward_sees",
+        ),
+        (
+            "BatchNorm: a subclass is asked to track statistics",
+            "track_running_stats=self.track_running_stats and not self.training",
+            "track_running_stats=self.track_running_stats",
+            "test_models.py -k own_forward",
+        ),
+        (
+            "BatchNorm: a subclass without use for its weight is converted",
+            "if not torch.allclose(one, other, rtol=0, atol=0, equal_nan=True):",
+            "if False:",
+            "test_models.py -k own_forward_that_cannot",
         ),
         (
             "BatchNorm: the mask scales the shift too",
