@@ -518,6 +518,36 @@ MUTATIONS = [
         ),
     ),
     *_of(
+        "utils/machine.py",
+        (
+            "machine: only the tightest group's own limit",
+            "for depth in range(len(parts) + 1)",
+            "for depth in [len(parts)]",
+            "test_machine.py -k tightest",
+        ),
+        (
+            "machine: idle time counts as busy",
+            "sum(sum(row) - row[3] - row[4] for row in times)",
+            "sum(sum(row) for row in times)",
+            "test_machine.py -k busy_cpus",
+        ),
+    ),
+    *_of(
+        "engine/runtime.py",
+        (
+            "runtime: threads in spite of others",
+            "config.threads or min(cpus.free, PYTORCH_THREADS)",
+            "config.threads or PYTORCH_THREADS",
+            "test_machine.py -k threads_of_a_run",
+        ),
+        (
+            "runtime: a resumed run chooses anew",
+            "return replace(config, **before)",
+            "return config",
+            "test_machine.py -k resumed_run_goes_on",
+        ),
+    ),
+    *_of(
         "models/noisy_batchnorm.py",
         (
             "BatchNorm: running statistics drift",
