@@ -526,10 +526,37 @@ MUTATIONS = [
             "test_machine.py -k tightest",
         ),
         (
+            "machine: files that are kept count as used memory",
+            'used = (_number(group / use) or 0) - (_number(group / "memory.stat", cached) or 0)',
+            "used = _number(group / use) or 0",
+            "test_machine.py -k free_memory",
+        ),
+        (
             "machine: idle time counts as busy",
             "sum(sum(row) - row[3] - row[4] for row in times)",
             "sum(sum(row) for row in times)",
             "test_machine.py -k busy_cpus",
+        ),
+    ),
+    *_of(
+        "engine/memory.py",
+        (
+            "memory: what is gone is still counted",
+            "self.now -= self._sizes.pop(storage)",
+            "self._sizes.pop(storage)",
+            "test_memory.py -k alive_at_once",
+        ),
+        (
+            "memory: networks are built",
+            'with torch.device("meta"):',
+            'with torch.device("cpu"):',
+            "test_memory.py -k bytes_of_parameters",
+        ),
+        (
+            "memory: too much is let through",
+            "free is not None and needed > free",
+            "free is not None and needed > 2 * free",
+            "test_memory.py -k check",
         ),
     ),
     *_of(

@@ -10,7 +10,7 @@ from engine import runtime as module
 from engine.runtime import RuntimeConfig, prepare_runtime
 from utils import machine
 from utils.errors import InputError
-from utils.machine import Cpus, find_cpus
+from utils.machine import Cpus, find_cpus, free_memory
 
 
 def write(root, files):
@@ -94,6 +94,47 @@ def test_without_affinity_all_cpus_are_allowed(tmp_path, monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
     assert find_cpus(tmp_path, 0) == Cpus(6, math.inf, 0.0)
+
+
+MEMINFO = "MemTotal: 9000 kB\nMemFree:  10 kB\nMemAvailable:    8000 kB\n"
+NEW, OLD = "sys/fs/cgroup/a", "sys/fs/cgroup/memory/x"
+
+
+@pytest.mark.parametrize(
+    ("files", "free"),
+    [
+        ({}, None),
+        ({"proc/meminfo": MEMINFO}, 8_192_000),
+        ({"proc/meminfo": "MemTotal: 9000 kB\n"}, None),
+        ({f"{NEW}/memory.max": "max\n", f"{NEW}/memory.current": "5\n"}, 8_192_000),
+        ({f"{NEW}/memory.max": "7000\n", f"{NEW}/memory.current": "5000\n"}, 2000),
+        (
+            {
+                f"{NEW}/memory.max": "7000\n",
+                f"{NEW}/memory.current": "5000\n",
+                f"{NEW}/memory.stat": "anon 1\ninactive_file 300\n",
+            },
+            2300,
+        ),
+        ({f"{NEW}/memory.max": "7000\n", f"{NEW}/memory.current": "8000\n"}, 0),
+        (
+            {
+                "proc/self/cgroup": "3:memory:/x\n",
+                f"{OLD}/memory.limit_in_bytes": "9000\n",
+                f"{OLD}/memory.usage_in_bytes": "4000\n",
+                f"{OLD}/memory.stat": "inactive_file 100\ntotal_inactive_file 500\n",
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
+                "sys/fs/cgroup/memory/memory.usage_in_bytes": "4000\n",
+            },
+            5500,
+        ),
+    ],
+)
+def test_free_memory(tmp_path, files, free):
+    group = {"proc/self/cgroup": "0::/a\n"} if free is not None else {}
+    meminfo = {"proc/meminfo": MEMINFO} if free is not None else {}
+    write(tmp_path, {**meminfo, **group, **files})
+    assert free_memory(tmp_path) == free
 
 
 # ---- as a run uses it

@@ -1,7 +1,8 @@
-"""What the machine leaves to this process: CPUs, within the limits of a container and beside other processes."""
+"""What the machine leaves to this process: CPUs and memory, within the limits of a container and beside others."""
 
 import math
 import os
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -68,3 +69,27 @@ def find_cpus(root: Path = Path("/"), seconds: float = 0.2) -> Cpus:
     time.sleep(seconds)
     busy, counted = (now - then for now, then in zip(_ticks(root, cpus), before, strict=True))
     return Cpus(len(cpus), min(limits), len(cpus) * busy / counted if counted else 0.0)
+
+
+def _number(path: Path, word: str = "") -> int | None:
+    """Return the number in a file, or the one that follows a word; None where there is none."""
+    found = re.search(rf"^{word}\s*(\d+)", _read(path), re.MULTILINE)
+    return int(found[1]) if found else None
+
+
+def free_memory(root: Path = Path("/")) -> int | None:
+    """Return the bytes that can still be used, by the machine and by every control group; None where unknown.
+
+    What a control group keeps of files it has not used lately counts as free: it gives that up when asked.
+    """
+    available = _number(root / "proc/meminfo", "MemAvailable:")  # kB
+    free = [] if available is None else [1024 * available]
+    for group in _groups(root, "memory"):
+        for limit, use, cached in (
+            ("memory.max", "memory.current", "inactive_file"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ):
+            if (most := _number(group / limit)) is not None:
+                used = (_number(group / use) or 0) - (_number(group / "memory.stat", cached) or 0)
+                free.append(max(0, most - max(0, used)))
+    return min(free, default=None)
