@@ -25,7 +25,7 @@ from defenses.anp import AnpConfig, MaskLoop
 from defenses.pruning import PAPER_THRESHOLD
 from engine.drive import drive
 from engine.evaluation import is_guessing
-from engine.runtime import RuntimeConfig, prepare_runtime
+from engine.runtime import RuntimeConfig, begin
 from formats.mask_file import write_masks
 from formats.outputs import OUTPUTS
 from formats.plots import plot_masks
@@ -72,8 +72,7 @@ def refuse_useless(rows: list[dict], subject: Subject) -> None:
 
 def optimize(args: argparse.Namespace, run: Run) -> None:
     """Carry out step 2 in the run's folder."""
-    runtime = prepare_runtime(from_flags(RuntimeConfig, args))
-    run.rely_on(runtime.facts())
+    runtime = begin(from_flags(RuntimeConfig, args), run)
     subject, evaluator = load_subject(args, runtime)
     config = from_flags(AnpConfig, args, precision=runtime.precision)
     loop = MaskLoop(subject, config, args.print_every)

@@ -25,7 +25,7 @@ from functools import partial
 from defenses.pruning import Choice, ChoiceConfig, SweepConfig, choose
 from engine.drive import drive
 from engine.evaluation import EVALUATION_BATCH, Report, is_guessing
-from engine.runtime import RuntimeConfig, prepare_runtime
+from engine.runtime import RuntimeConfig, begin
 from engine.sweep import SweepLoop
 from formats.cards import save_with_card
 from formats.mask_file import check_source, read_masks
@@ -107,8 +107,7 @@ def warn_of_ruin(subject: Subject, before: Report, after: Report) -> None:
 
 def prune(args: argparse.Namespace, run: Run) -> None:
     """Carry out step 3 in the run's folder."""
-    runtime = prepare_runtime(from_flags(RuntimeConfig, args))
-    run.rely_on(runtime.facts())
+    runtime = begin(from_flags(RuntimeConfig, args), run)
     subject, evaluator = load_subject(args, runtime, args.batch_size)
     check_source(args.mask_file, subject.card["repaired_from"]["sha256"])
     neurons = sort_neurons(read_masks(args.mask_file, subject.network))

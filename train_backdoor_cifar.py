@@ -32,7 +32,7 @@ from attacks.outputs import network_card, write_trigger
 from data.datasets import DataConfig, SourceConfig, load_dataset
 from data.split import attacker_index, load_permutation, permutation_digest
 from engine.drive import drive
-from engine.runtime import Runtime, RuntimeConfig, prepare_runtime
+from engine.runtime import Runtime, RuntimeConfig, begin
 from engine.training import TrainConfig, measure_of
 from formats.cards import save_with_card
 from formats.outputs import OUTPUTS
@@ -93,8 +93,7 @@ def train(args: argparse.Namespace, attack: Attack, config: TrainConfig, run: Ru
     """Carry out step 1 in the run's folder."""
     if args.export_poisoned:
         refuse_other_files(Path(args.export_poisoned))
-    runtime = prepare_runtime(from_flags(RuntimeConfig, args))
-    run.rely_on(runtime.facts())
+    runtime = begin(from_flags(RuntimeConfig, args), run)
     workspace = open_workspace(args, run, runtime)
     dataset, model = workspace.dataset, workspace.model
     poisoned = attack.carry_out(workspace)

@@ -246,7 +246,7 @@ def optimize_masks(
     while state.iteration < config.iterations:
         batch = draw_batch(images, labels, len(state.mask), config, state.iteration, transform)
         for layer in layers:
-            layer.train()
+            layer.training = True  # its children, such as the dropout of timm's BatchNormAct2d, stay in eval mode
         changed = state.mask, state.momentum
         iterate = iterate or replayed(lambda batch: _iterate(network, config, state, batch), changed, batch)
         values = iterate(batch)

@@ -4,16 +4,20 @@ import argparse
 import os
 import re
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from utils.config import Config, Range, setting
+from utils.console import announce
 from utils.errors import InputError
+from utils.machine import Cpus, allowed_cpus, find_cpus
+from utils.run import Run, read_as_state
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PYTORCH_THREADS = torch.get_num_threads()  # what it would take: OMP_NUM_THREADS, or one thread a core
 
 
 def device_name(text: str) -> str:
@@ -35,19 +39,41 @@ class RuntimeConfig(Config):
     precision: str = setting(
         "auto", "auto takes bf16 if the hardware computes in it natively, else fp32", choices=("auto", *PRECISIONS)
     )
-    threads: int | None = setting(None, "CPU threads; all cores if not given", Range(1, 1024))
+    threads: int | None = setting(None, "CPU threads; if not given, as many as others leave free", Range(1, 1024))
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where and in which data type the networks run."""
+    """Where and in which data type the networks run, with how many CPU threads of how many CPUs."""
 
     device: torch.device
     precision: torch.dtype
+    threads: int = field(default_factory=torch.get_num_threads)
+    cpus: Cpus = field(default_factory=lambda: Cpus(len(allowed_cpus())))
 
     def facts(self) -> dict[str, Any]:
         """Return what a resumed run has to share with its beginning."""
-        return {"device": str(self.device), "precision": str(self.precision), "threads": torch.get_num_threads()}
+        return {"device": str(self.device), "precision": str(self.precision), "threads": self.threads}
+
+    def __str__(self) -> str:
+        allowed = self.cpus.allowed
+        text = (
+            f"{self.device}, {_flag_of(self.precision)}, {_count(self.threads, 'thread')} on {_count(allowed, 'CPU')}"
+        )
+        if self.cpus.busy is None or self.threads >= allowed:  # nothing was chosen, or nothing could be added
+            return text
+        reasons = [f"others use {self.cpus.busy:.1f}"] if self.cpus.busy >= 0.05 else []
+        reasons += [f"{self.cpus.limit:.1f} are granted"] if self.cpus.limit < allowed else []
+        return f"{text} ({', '.join([*reasons, '--threads changes it'])})"
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}{'' if number == 1 else 's'}"
+
+
+def _flag_of(precision: torch.dtype | str) -> str:
+    """Return what ``--precision`` calls a data type, itself or its name as in ``Runtime.facts``."""
+    return {str(dtype): name for name, dtype in PRECISIONS.items()}.get(str(precision), str(precision))
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager:
@@ -66,32 +92,67 @@ def has_bfloat16(device: torch.device) -> bool:
     return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
-def prepare_runtime(config: RuntimeConfig) -> Runtime:
-    """Choose device and data type, and make repeated runs give the same bits.
+def prepare_runtime(config: RuntimeConfig, began_with: dict[str, Any] | None = None) -> Runtime:
+    """Choose device, data type and threads, and make repeated runs give the same bits.
+
+    Args:
+        config: what the user asked for.
+        began_with: the ``Runtime.facts`` of the run to resume; they hold where the user asked for nothing.
 
     Raises:
-        InputError: the device does not exist.
+        InputError: the device does not exist, or what the user asked for is not what the run to resume began with.
     """
+    config = _continued(config, began_with or {})
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    cpus = Cpus(len(allowed_cpus())) if config.threads else find_cpus()
+    threads = config.threads or min(cpus.free, PYTORCH_THREADS)
+    torch.set_num_threads(threads)
     if device.type == "cuda":
-        device = _prepare_cuda(device)
+        device = _prepare_cuda(device, bool(began_with))
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if has_bfloat16(device) else "fp32"
-    return Runtime(device, PRECISIONS[precision])
+    return Runtime(device, PRECISIONS[precision], threads, cpus)
 
 
-def _prepare_cuda(device: torch.device) -> torch.device:
+def begin(config: RuntimeConfig, run: Run) -> Runtime:
+    """Choose how a run computes, or goes on to compute, say so, and let the run remember it.
+
+    Raises:
+        InputError: as ``prepare_runtime``.
+    """
+    with read_as_state(run.state_path):
+        runtime = prepare_runtime(config, run.began_with)
+    run.rely_on(runtime.facts())
+    announce(f"computing on {runtime}")
+    return runtime
+
+
+def _continued(config: RuntimeConfig, facts: dict[str, Any]) -> RuntimeConfig:
+    """Fill in what a run began with where the user asked for nothing."""
+    before = {name: facts[name] for name in ("device", "precision", "threads") if name in facts}
+    if "precision" in before:
+        before["precision"] = _flag_of(before["precision"])
+    for name, old in before.items():
+        given = getattr(config, name)
+        if given not in (None, "auto", old) and (given, old) != ("cuda", "cuda:0"):
+            raise InputError(
+                f"--{name} is {given} but was {old} in the run to resume; leave it out to go on with {old}, "
+                "or --overwrite to start again"
+            )
+    return replace(config, **before)
+
+
+def _prepare_cuda(device: torch.device, resuming: bool) -> torch.device:
     """Set CUDA up and return the device with its number: plain ``cuda`` is the first."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats its results only with this
-    device = torch.device("cuda", device.index or 0)
-    if device.index >= torch.cuda.device_count():
-        raise InputError(f"--device {device}: there are {torch.cuda.device_count()} CUDA devices; try --device cpu")
+    device, count = torch.device("cuda", device.index or 0), torch.cuda.device_count()
+    if device.index >= count:
+        advice = "--overwrite starts again on another device" if resuming else "try --device cpu"
+        raise InputError(f"--device {device}: there are {count} CUDA devices; {advice}")
     torch.cuda.set_device(device)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False

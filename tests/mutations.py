@@ -308,14 +308,20 @@ MUTATIONS = [
         ("step 2: never projected", "if config.project:", "if False:", "test_anp.py -k noise_bounds"),
         (
             "step 2: running statistics within an iteration",
-            "            layer.train()\n",
-            "            layer.eval()\n",
+            "            layer.training = True",
+            "            layer.training = False",
             "test_anp.py -k plain_loop",
         ),
         (
             "step 2: dropout on within an iteration",
-            "        for layer in layers:\n            layer.train()\n",
-            "        network.train()\n",
+            "            layer.training = True",
+            "            network.train()",
+            "test_anp.py -k dropout",
+        ),
+        (
+            "step 2: dropout inside a BatchNorm on",
+            "            layer.training = True",
+            "            layer.train()",
             "test_anp.py -k dropout",
         ),
         (
@@ -512,12 +518,87 @@ MUTATIONS = [
         ),
     ),
     *_of(
+        "utils/machine.py",
+        (
+            "machine: only the tightest group's own limit",
+            "for depth in range(len(parts) + 1)",
+            "for depth in [len(parts)]",
+            "test_machine.py -k tightest",
+        ),
+        (
+            "machine: files that are kept count as used memory",
+            'used = (_number(group / use) or 0) - (_number(group / "memory.stat", cached) or 0)',
+            "used = _number(group / use) or 0",
+            "test_machine.py -k free_memory",
+        ),
+        (
+            "machine: idle time counts as busy",
+            "sum(sum(row) - row[3] - row[4] for row in times)",
+            "sum(sum(row) for row in times)",
+            "test_machine.py -k busy_cpus",
+        ),
+    ),
+    *_of(
+        "engine/memory.py",
+        (
+            "memory: what is gone is still counted",
+            "self.now -= self._sizes.pop(storage)",
+            "self._sizes.pop(storage)",
+            "test_memory.py -k alive_at_once",
+        ),
+        (
+            "memory: networks are built",
+            'with torch.device("meta"):',
+            'with torch.device("cpu"):',
+            "test_memory.py -k bytes_of_parameters",
+        ),
+        (
+            "memory: too much is let through",
+            "free is not None and needed > free",
+            "free is not None and needed > 2 * free",
+            "test_memory.py -k check",
+        ),
+    ),
+    *_of(
+        "engine/runtime.py",
+        (
+            "runtime: threads in spite of others",
+            "config.threads or min(cpus.free, PYTORCH_THREADS)",
+            "config.threads or PYTORCH_THREADS",
+            "test_machine.py -k threads_of_a_run",
+        ),
+        (
+            "runtime: a resumed run chooses anew",
+            "return replace(config, **before)",
+            "return config",
+            "test_machine.py -k resumed_run_goes_on",
+        ),
+    ),
+    *_of(
         "models/noisy_batchnorm.py",
         (
             "BatchNorm: running statistics drift",
             "F.batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)",
             "F.batch_norm(x, self.running_mean, self.running_var, weight, bias, True, 0.1, self.eps)",
             "test_models.py -k plain_batchnorm",
+        ),
+        (
+            "BatchNorm: a subclass changes its running statistics",
+            "buffer if buffer is None else buffer.clone()",
+            "buffer",
+            "test_models.py -k own_forward_sees",
+        ),
+        (
+            "BatchNorm: a subclass is asked to track statistics",
+            "track_running_stats=self.track_running_stats and not self.training",
+            "track_running_stats=self.track_running_stats",
+            "test_models.py -k own_forward",
+        ),
+        (
+            "BatchNorm: a subclass without use for its weight is converted",
+            "if not torch.allclose(one, other, rtol=0, atol=0, equal_nan=True):",
+            "if False:",
+            "test_models.py -k own_forward_that_cannot",
         ),
         (
             "BatchNorm: the mask scales the shift too",

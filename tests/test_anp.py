@@ -347,6 +347,30 @@ def test_any_network_dropout_stays_off(monkeypatch):
     assert modes == [(True, False)] * 4
 
 
+class NormDropout(nn.BatchNorm1d):
+    """A BatchNorm with a dropout inside."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.drop = nn.Dropout(0.9)
+
+    def forward(self, x):
+        return self.drop(super().forward(x))
+
+
+def test_dropout_inside_a_batchnorm_stays_off(monkeypatch):
+    network = nn.Sequential(nn.Linear(6, 8), NormDropout(8), nn.Linear(8, 3))
+    noisy, modes, original = convert_noisy_batchnorm(network), [], module._iterate
+
+    def watch(network, *rest):
+        modes.append((network[1].training, network[1].drop.training))
+        return original(network, *rest)
+
+    monkeypatch.setattr(module, "_iterate", watch)
+    list(optimize_masks(noisy, torch.randn(20, 6), torch.arange(20) % 3, settings()))
+    assert modes == [(True, False)] * 4
+
+
 # ---- as the scripts run it
 
 

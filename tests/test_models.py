@@ -2,9 +2,11 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import nn
 
+from defenses.anp import AnpConfig, apply_masks, optimize_masks
 from formats.mask_file import read_masks, write_masks
 from models import (
     ARCHITECTURES,
@@ -15,6 +17,7 @@ from models import (
     neurons_up_to,
     noisy_layers,
 )
+from models.neurons import prune_neurons, sort_neurons
 
 NEURONS = {
     "resnet18": 4800,
@@ -155,22 +158,157 @@ def test_shared_module_stays_shared():
     assert list(noisy_layers(network)) == ["a", "c"]
 
 
-def test_what_cannot_be_masked():
-    class Own(nn.BatchNorm2d):
-        def forward(self, x):
-            return super().forward(x) * 2
+class NormAct(nn.BatchNorm2d):
+    """BatchNorm, dropout and activation in one module, such as timm's BatchNormAct2d."""
 
+    def __init__(self, channels):
+        super().__init__(channels, momentum=None)
+        self.drop, self.act = nn.Dropout(0.5), nn.LeakyReLU(0.1)
+        self.tracked = []
+
+    def forward(self, x):
+        self.tracked.append(self.track_running_stats)
+        return self.act(self.drop(super().forward(x)))
+
+
+class CarelessNorm(nn.BatchNorm2d):
+    """Updates its statistics without asking whether it should."""
+
+    def forward(self, x):
+        self.num_batches_tracked += 1
+        statistics = self.running_mean, self.running_var
+        return 2 * F.batch_norm(x, *statistics, self.weight, self.bias, self.training, 0.1, self.eps)
+
+
+def filled(kind):
+    """A layer of 3 channels that is not the identity, in eval mode."""
+    torch.manual_seed(0)
+    norm = kind(3).eval()
+    with torch.no_grad():
+        for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+            tensor.uniform_(0.5, 2)
+    return norm
+
+
+@pytest.mark.parametrize("kind", [NormAct, CarelessNorm])
+@pytest.mark.parametrize("training", [True, False])
+def test_own_forward_sees_effective_parameters(kind, training):
+    norm, x = filled(kind), torch.randn(6, 3, 4, 4)
+    noisy = convert_noisy_batchnorm(norm)
+    assert isinstance(noisy, NoisyBatchNorm) and isinstance(noisy, kind) and list(noisy_layers(noisy)) == [""]
+    assert list(noisy.state_dict()) == list(norm.state_dict())
+    assert torch.equal(noisy(x), norm(x))
+    mask, noise, shift = torch.tensor([[0.5, 0.0, 1.0], [0.2, -0.3, 0.1], [-0.4, 0.2, 0.0]])
+    noisy.mask, noisy.weight_noise, noisy.bias_noise = mask.clone().requires_grad_(), noise, shift
+    for noisy.perturbed, scale, move in ((False, mask, 1), (True, mask + noise, 1 + shift)):
+        expected = copy.deepcopy(norm)
+        with torch.no_grad():
+            expected.weight.mul_(scale)
+            expected.bias.mul_(move)
+        noisy.training = expected.training = training  # the dropout stays off
+        before = copy.deepcopy(noisy.state_dict())
+        for layer in (noisy, copy.deepcopy(noisy)):
+            torch.testing.assert_close(layer(x), expected.forward(x))
+            assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+        (gradient,) = torch.autograd.grad(noisy(x).square().sum(), noisy.mask)
+        assert gradient.abs().min() > 0
+    assert noisy.weight is noisy._parameters["weight"] and noisy.track_running_stats
+    if kind is NormAct and training:
+        assert not any(noisy.tracked[-2:]), "with momentum None, tracking reads a number from the device"
+
+
+def test_own_forward_that_fails_leaves_the_layer_as_it_was():
+    noisy = convert_noisy_batchnorm(filled(NormAct))
+    weight = noisy.weight
+    with pytest.raises(ValueError, match="expected 4D"):
+        noisy(torch.randn(2, 3))
+    assert noisy.weight is weight and isinstance(weight, nn.Parameter)
+
+
+def test_own_forward_with_a_batchnorm_inside():
+    norm = filled(NormAct)
+    norm.inner = nn.BatchNorm2d(3)
+    network = nn.Sequential(norm)
+    assert list(noisy_layers(convert_noisy_batchnorm(network))) == ["0", "0.inner"]
+
+
+def repair(network, images):
+    """Convert, learn masks, prune half of the neurons; returns the noisy network and the repaired one."""
+    noisy = convert_noisy_batchnorm(network)
+    before = copy.deepcopy(noisy.state_dict())
+    config = AnpConfig(iterations=2, batch_size=8)
+    assert len(list(optimize_masks(noisy, images, torch.arange(len(images)) % 5, config))) == 2
+    assert all(torch.equal(value, before[name]) for name, value in noisy.state_dict().items())
+    neurons = mask_values(noisy)
+    assert min(neuron.mask for neuron in neurons) < 1
+    repaired = copy.deepcopy(network)
+    prune_neurons(repaired, sort_neurons(neurons)[: len(neurons) // 2])
+    return noisy, repaired
+
+
+def test_own_forward_from_conversion_to_pruning():
+    network = nn.Sequential(nn.Conv2d(3, 3, 3), filled(NormAct), nn.Flatten(), nn.Linear(108, 5))
+    noisy, repaired = repair(network, torch.randn(10, 3, 8, 8))
+    assert [neuron.layer for neuron in mask_values(noisy)] == ["1"] * 3
+    assert (repaired[1].weight == 0).sum() == 1
+    masked, x = apply_masks(network, noisy).eval(), torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(noisy(x), masked(x))
+
+
+def test_own_forward_of_timm():
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    network = timm.create_model("resnetv2_18", num_classes=5).eval()
+    images = torch.randn(10, 3, 64, 64)
+    assert torch.equal(convert_noisy_batchnorm(network)(images), network(images))
+    noisy, repaired = repair(network, images)
+    norms = [module for module in repaired.modules() if isinstance(module, timm.layers.BatchNormAct2d)]
+    assert len(norms) == len(noisy_layers(noisy)) > 10
+    assert sum(int((norm.weight == 0).sum()) for norm in norms) >= len(mask_values(noisy)) // 2
+    torch.testing.assert_close(noisy(images), apply_masks(network, noisy)(images))
+
+
+class GivenForward(nn.BatchNorm2d):
+    """Forward as it is given, a function of layer and input."""
+
+    def __init__(self, function):
+        super().__init__(4)
+        self.function = function
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (lambda norm, x: x, "does not scale by its weight"),
+        (lambda norm, x: x + nn.BatchNorm2d.forward(norm, x), "does not scale by its weight"),
+        (lambda norm, x: x @ torch.ones(9, 9), "takes no tensor of 2 to 5 dimensions"),
+    ],
+)
+def test_own_forward_that_cannot_be_masked(function, words):
+    with pytest.raises(TypeError, match=f"1: GivenForward cannot be converted: .*{words}"):
+        convert_noisy_batchnorm(nn.Sequential(nn.Conv2d(3, 4, 1), GivenForward(function)))
+
+
+def test_own_forward_with_a_mask_of_its_own():
+    norm = filled(NormAct)
+    norm.register_buffer("mask", torch.ones(3))
+    with pytest.raises(TypeError, match="something of its own named mask"):
+        convert_noisy_batchnorm(norm)
+
+
+def test_what_cannot_be_masked():
     patched = nn.BatchNorm2d(4)
     patched.forward = lambda x: x
-    with pytest.raises(TypeError, match="a forward of its own"):
+    with pytest.raises(TypeError, match="0: the forward of this BatchNorm2d was replaced"):
         convert_noisy_batchnorm(nn.Sequential(patched))
     without = nn.BatchNorm2d(4, affine=False)
     mixed = convert_noisy_batchnorm(nn.Sequential(without, nn.BatchNorm2d(4)))
     assert list(noisy_layers(mixed)) == ["1"]
     with pytest.raises(ValueError, match="no BatchNorm with scale"):
         convert_noisy_batchnorm(nn.Sequential(without))
-    with pytest.raises(TypeError, match="Own"):
-        convert_noisy_batchnorm(nn.Sequential(nn.Conv2d(3, 4, 1), Own(4)))
     with pytest.raises(ValueError, match="no size yet"):
         convert_noisy_batchnorm(nn.Sequential(nn.LazyBatchNorm2d()))
 

@@ -86,6 +86,8 @@ def read_as_state(path: Path) -> Iterator[None]:
     """
     try:
         yield
+    except InputError:
+        raise  # it says more
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = shorten(str(error).partition("\n")[0])
         raise InputError(f"{path}: not a resume state of this run ({reason}); --overwrite starts again") from error
