@@ -25,11 +25,12 @@ from defenses.anp import AnpConfig, MaskLoop
 from defenses.pruning import PAPER_THRESHOLD
 from engine.drive import drive
 from engine.evaluation import is_guessing
+from engine.memory import check_step, masking_bytes
 from engine.runtime import RuntimeConfig, begin
 from formats.mask_file import write_masks
 from formats.outputs import OUTPUTS
 from formats.plots import plot_masks
-from formats.subject import Subject, add_subject_flags, load_subject
+from formats.subject import Subject, add_subject_flags, builder_of, load_subject
 from utils.config import Config, Range, add_flags, add_output_flags, from_flags, make_parser, setting
 from utils.console import announce
 from utils.errors import InputError
@@ -75,6 +76,7 @@ def optimize(args: argparse.Namespace, run: Run) -> None:
     runtime = begin(from_flags(RuntimeConfig, args), run)
     subject, evaluator = load_subject(args, runtime)
     config = from_flags(AnpConfig, args, precision=runtime.precision)
+    check_step(masking_bytes, builder_of(subject), config.batch_size, runtime, subject.clean)
     loop = MaskLoop(subject, config, args.print_every)
     for _ in drive(run, loop, lambda: evaluator(loop.masked())):
         pass

@@ -25,6 +25,7 @@ from functools import partial
 from defenses.pruning import Choice, ChoiceConfig, SweepConfig, choose
 from engine.drive import drive
 from engine.evaluation import EVALUATION_BATCH, Report, is_guessing
+from engine.memory import check_step, pruning_bytes
 from engine.runtime import RuntimeConfig, begin
 from engine.sweep import SweepLoop
 from formats.cards import save_with_card
@@ -32,7 +33,7 @@ from formats.mask_file import check_source, read_masks
 from formats.outputs import OUTPUTS
 from formats.plots import plot_sweep
 from formats.pruning_file import write_sweep
-from formats.subject import Subject, add_subject_flags, load_subject
+from formats.subject import Subject, add_subject_flags, builder_of, load_subject
 from models.neurons import pruned_copy, sort_neurons
 from utils.config import (
     Config,
@@ -113,6 +114,7 @@ def prune(args: argparse.Namespace, run: Run) -> None:
     neurons = sort_neurons(read_masks(args.mask_file, subject.network))
     if (args.number or 0) > len(neurons):
         raise InputError(f"--number {args.number}: the network has {len(neurons)} neurons")
+    check_step(pruning_bytes, builder_of(subject), args.batch_size, runtime, subject.clean)
     loop = SweepLoop(subject.network, neurons, from_flags(SweepConfig, args).points(neurons), evaluator)
     for _ in drive(run, loop, lambda: loop.rows[-1].report):
         pass

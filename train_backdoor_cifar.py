@@ -32,6 +32,7 @@ from attacks.outputs import network_card, write_trigger
 from data.datasets import DataConfig, SourceConfig, load_dataset
 from data.split import attacker_index, load_permutation, permutation_digest
 from engine.drive import drive
+from engine.memory import check_step, training_bytes
 from engine.runtime import Runtime, RuntimeConfig, begin
 from engine.training import TrainConfig, measure_of
 from formats.cards import save_with_card
@@ -102,8 +103,10 @@ def train(args: argparse.Namespace, attack: Attack, config: TrainConfig, run: Ru
         announce(f"{args.poison_type}: {count} of {total} training images poisoned ({100 * count / total:.2f} %)")
     if args.export_poisoned:
         export_poisoned(workspace, poisoned, Path(args.export_poisoned))
+    build = partial(build_model, model.arch, dataset.num_classes, model.widen_factor)
+    check_step(training_bytes, build, min(config.batch_size, total), runtime, dataset.train)
     with seeded_weights(args.seed, "initial weights"):
-        network = build_model(model.arch, dataset.num_classes, model.widen_factor)
+        network = build()
     network = network.to(runtime.device, memory_format=torch.channels_last)
     loop = attack.make_loop(network, poisoned, dataset, replace(config, precision=runtime.precision))
     known = describe(attack, args.poison_type, poisoned)

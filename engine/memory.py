@@ -8,7 +8,6 @@ precisions. There the estimate is 1.0 to 1.5 times the peak; where it is below 2
 CUDA has not been measured.
 """
 
-import re
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +18,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from data.datasets import ImageSet
 from engine.evaluation import EVALUATION_BATCH, inference_copy
+from engine.runtime import Runtime
 from models.noisy_batchnorm import convert_noisy_batchnorm, noisy_layers
 from utils.errors import InputError
 from utils.machine import free_memory
@@ -29,6 +30,7 @@ LASTING = 3  # of them, while a batch is computed: weights, momentum, or network
 FACTOR = 1.1  # of the tensors of a batch
 OVERHEAD = 100_000_000  # bytes: libraries that are loaded late, plots
 SIZE = (32, 32)  # of the images
+Estimate = Callable[..., int]
 
 
 class _Alive(TorchDispatchMode):
@@ -153,16 +155,19 @@ def check_memory(needed: int, what: str, advice: str, device: torch.device) -> N
         raise InputError(f"{what} needs about {_gigabytes(needed)}, {_gigabytes(free)} are free; {advice}")
 
 
-def as_one_line(error: BaseException) -> str | None:
-    """Return what to tell the user about an error that means that memory ran out, None for any other error."""
-    text = str(error)
-    on_cpu = isinstance(error, RuntimeError) and re.search(
-        "DefaultCPUAllocator: (can't allocate|not enough) memory", text
-    )
-    if not (on_cpu or isinstance(error, (MemoryError, torch.OutOfMemoryError))):
-        return None
-    tried = re.search(r"tried to allocate [\d.]+ \w+", text, re.IGNORECASE)
-    return (
-        f"out of memory{f' ({tried[0].lower()})' if tried else ''}; lower --batch-size, or take a narrower network "
-        "(--widen-factor)"
-    )
+def check_step(estimate: Estimate, build: Callable[[], nn.Module], batch_size: int, runtime: Runtime, images: ImageSet):
+    """Make sure, before a network is built, that a batch of a step will fit.
+
+    Args:
+        estimate: of the step, one of the functions above.
+        build: builds the network.
+        batch_size: images in a batch.
+        runtime: where it will run, in which precision.
+        images: such as it will see.
+
+    Raises:
+        InputError: it will not.
+    """
+    needed = estimate(build, batch_size, runtime.precision, tuple(images.images.shape[1:3]))
+    advice = "lower --batch-size or take a narrower network (--widen-factor)"
+    check_memory(needed, f"this network with batches of {batch_size} images", advice, runtime.device)

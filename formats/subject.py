@@ -1,7 +1,9 @@
 """The network that steps 2 and 3 repair, and an attacker's surrogate, with what cards and flags say about them."""
 
 import argparse
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,6 +14,7 @@ from data.datasets import MEANS, STDS, DataConfig, Dataset, ImageSet, Normalizat
 from data.split import HELD_OUT, absolute, defender_index, load_permutation, permutation_digest
 from data.triggers import Trigger, count_unchanged
 from engine.evaluation import Evaluator
+from engine.memory import check_memory, on_meta, parameter_bytes
 from engine.runtime import Runtime
 from formats.cards import card_path, read_card
 from formats.checkpoints import load_strictly, read_state_dict
@@ -140,7 +143,10 @@ def _normalization(config: SubjectConfig, card: dict[str, Any] | None, own: Norm
 def _build(path: str, state_dict: dict[str, Tensor], arch: str, width: float, classes: int) -> nn.Module:
     if arch not in ARCHITECTURES:
         raise InputError(f"{path}: its card says {quote(arch)}, but only {', '.join(ARCHITECTURES)} can be built here")
-    network = build_model(arch, classes, width)
+    build = partial(build_model, arch, classes, width)
+    advice = "look at --widen-factor or the card"
+    check_memory(parameter_bytes(on_meta(build)), f"{path}: {arch} of width {width}", advice, torch.device("cpu"))
+    network = build()
     load_strictly(network, state_dict, path)
     return network.to(memory_format=torch.channels_last).eval()
 
@@ -229,7 +235,14 @@ def load_subject(
     evaluator = Evaluator(dataset.test, trigger, normalization, runtime.precision, clean, **sizes)
     if trigger:
         _check_effect(config.trigger_info, dataset.test, trigger, evaluator.sets["triggered"])
+    announce(f"every row measures {sum(len(each) for each in evaluator.sets.values() if each)} images")
     return subject, evaluator
+
+
+def builder_of(subject: Subject) -> Callable[[], nn.Module]:
+    """Return a function that builds the subject's network anew, with other weights."""
+    card = subject.card
+    return partial(build_model, card["arch"], card["num_classes"], card["widen_factor"])
 
 
 def _check_effect(path: str, test: ImageSet, trigger: Trigger, triggered: ImageSet) -> None:

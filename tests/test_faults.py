@@ -346,6 +346,27 @@ def a_checkpoint_that_grows_when_unpacked(folder):
     return ["--checkpoint", f"{folder}/bomb.th"]
 
 
+@fault(optimize, "resnet18 of width 64 needs about .* GB, .* GB are free; look at --widen-factor or the card")
+def a_card_of_width_64(folder):
+    return edit_card(folder, widen_factor=64)
+
+
+@fault(optimize, "resnet18 of width 64.0 needs about")
+def a_flag_of_width_64(folder):
+    (folder / "last_model.json").unlink()
+    return ["--widen-factor", "64", "--dataset", "tiny"]
+
+
+@fault(train, "this network with batches of 128 images needs about .* lower --batch-size or take a narrower network")
+def a_training_of_width_64(folder):
+    return ["--widen-factor", "64"]
+
+
+@fault(optimize, "this network with batches of 99999 images needs about")
+def a_batch_of_99999(folder):
+    return ["--batch-size", "99999"]
+
+
 # ---- control characters
 
 
@@ -574,6 +595,8 @@ EDITS = {
     "rows of numbers": having([1, 2], "rows"),
     "a text in a row": having("text", "rows", 0, "iteration"),
     "runtime of text": having("cpu", "runtime"),
+    "a device that is none": having("abacus", "runtime", "device"),
+    "threads of text": having("many", "runtime", "threads"),
 }
 
 
@@ -604,6 +627,7 @@ def test_what_does_not_matter_may_differ_when_a_run_is_resumed(flags, folder, mo
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--threads", "7"], "--threads is 7 but was [12] in the run to resume; leave it out to go on with [12]"),
         (["--lr", "0.3"], "--lr is 0.3 but was 0.2 in the run to resume"),
         (["--std", "0.2", "0.2", "0.2"], "--std is .* but was not given in the run to resume"),
         (["--split-file", "SPLIT"], "--split-file is another file than in the run to resume"),
@@ -752,7 +776,7 @@ def test_too_little_memory_is_one_line(error, folder, monkeypatch, capsys):
     monkeypatch.setattr(optimize, "plot_masks", broken)
     capsys.readouterr()
     assert optimize.main(base(optimize, folder)) == 1
-    assert "not enough memory; lower --batch-size" in one_line(capsys.readouterr().err)
+    assert "out of memory; lower --batch-size" in one_line(capsys.readouterr().err)
 
 
 # ---- signals and streams
@@ -820,10 +844,10 @@ def test_closed_streams_stop_nothing(folder):
 
 def test_a_reader_that_has_gone_is_an_interruption(folder):
     process = start(
-        "optimize", *base(optimize, folder), "--nb-iter", 100_000, shell="{} | head -3; exit ${{PIPESTATUS[0]}}"
+        "optimize", *base(optimize, folder), "--nb-iter", 100_000, shell="{} | head -5; exit ${{PIPESTATUS[0]}}"
     )
     status, out, error = finish(process)
-    assert status == 130 and out.count("\n") == 3 and "interrupted; continue with --resume" in one_line(error)
+    assert status == 130 and out.count("\n") == 5 and "interrupted; continue with --resume" in one_line(error)
     assert (folder / "out" / "optimize_resume.th").exists()
 
 

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 
 from engine import memory
 from engine.memory import (
-    as_one_line,
     check_memory,
     masking_bytes,
     on_meta,
@@ -19,6 +18,7 @@ from engine.memory import (
 )
 from models import build_model
 from utils.errors import InputError
+from utils.machine import as_one_line
 
 CPU, FP32, BF16 = torch.device("cpu"), torch.float32, torch.bfloat16
 ESTIMATES = [training_bytes, masking_bytes, pruning_bytes]

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 
 @dataclass(frozen=True)
 class Cpus:
@@ -93,3 +95,18 @@ def free_memory(root: Path = Path("/")) -> int | None:
                 used = (_number(group / use) or 0) - (_number(group / "memory.stat", cached) or 0)
                 free.append(max(0, most - max(0, used)))
     return min(free, default=None)
+
+
+def as_one_line(error: BaseException) -> str | None:
+    """Return what to tell the user about an error that means that memory ran out, None for any other error."""
+    text = str(error)
+    on_cpu = isinstance(error, RuntimeError) and re.search(
+        "DefaultCPUAllocator: (can't allocate|not enough) memory", text
+    )
+    if not (on_cpu or isinstance(error, (MemoryError, torch.OutOfMemoryError))):
+        return None
+    tried = re.search(r"tried to allocate [\d.]+ \w+", text, re.IGNORECASE)
+    return (
+        f"out of memory{f' ({tried[0].lower()})' if tried else ''}; lower --batch-size, or take a narrower network "
+        "(--widen-factor)"
+    )

@@ -26,6 +26,7 @@ from utils.config import InputFile, InputFolder
 from utils.console import announce, complain
 from utils.errors import InputError, quote, shorten
 from utils.files import load_torch, save_torch, sha256_of, sha256_of_folder, write_text
+from utils.machine import as_one_line
 from utils.signals import EXIT_INTERRUPTED, Interrupted, Signals
 from utils.table import Table, read_table, write_log
 
@@ -377,16 +378,12 @@ def run_script(
     except (Interrupted, KeyboardInterrupt) as interruption:
         return _fail(step, f"interrupted; {str(interruption) or 'run the command again'}", EXIT_INTERRUPTED)
     except Exception as error:  # the last line of defence; nothing is swallowed, the traceback is kept
-        if _is_out_of_memory(error):
-            return _fail(step, "error: not enough memory; lower --batch-size or --widen-factor", EXIT_BAD_INPUT)
+        if complaint := as_one_line(error):
+            return _fail(step, f"error: {complaint}", EXIT_BAD_INPUT)
         place = _keep_traceback(Path(arguments.output_dir), step)
         reason = f"{type(error).__name__}: {quote(str(error))}"
         return _fail(step, f"internal error ({reason}); please report it with {place}", EXIT_BUG)
     return 0
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def _keep_traceback(folder: Path, step: str) -> Path:
