@@ -12,12 +12,12 @@ DEMO := save/demo
 
 demo: .venv/.ready
 	$(BIN)/python train_backdoor_cifar.py --dataset synthetic --widen-factor 0.125 --epoch 12 --batch-size 64 \
-		--lr-schedule one-cycle --poison-rate 0.1 --output-dir $(DEMO) --overwrite
+		--lr-schedule one-cycle --poison-rate 0.1 --threads 1 --output-dir $(DEMO) --overwrite
 	$(BIN)/python optimize_mask_cifar.py --output-dir $(DEMO) --checkpoint $(DEMO)/last_model.th \
-		--trigger-info $(DEMO)/trigger_info.th --val-frac 0.05 --nb-iter 500 --print-every 100 --overwrite
+		--trigger-info $(DEMO)/trigger_info.th --val-frac 0.05 --nb-iter 500 --print-every 100 --threads 1 --overwrite
 	$(BIN)/python prune_neuron_cifar.py --output-dir $(DEMO) --mask-file $(DEMO)/mask_values.txt --val-frac 0.05 \
-		--checkpoint $(DEMO)/last_model.th --trigger-info $(DEMO)/trigger_info.th --max-acc-drop 1
-	@ls $(DEMO)/*.png
+		--checkpoint $(DEMO)/last_model.th --trigger-info $(DEMO)/trigger_info.th --max-acc-drop 1 --threads 1 --overwrite
+	@ls $(DEMO)/*.png $(DEMO)/*.pdf
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow"

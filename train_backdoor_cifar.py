@@ -97,14 +97,14 @@ def train(args: argparse.Namespace, attack: Attack, config: TrainConfig, run: Ru
     runtime = begin(from_flags(RuntimeConfig, args), run)
     workspace = open_workspace(args, run, runtime)
     dataset, model = workspace.dataset, workspace.model
+    build = partial(build_model, model.arch, dataset.num_classes, model.widen_factor)
+    check_step(training_bytes, build, min(config.batch_size, len(workspace.held)), runtime, dataset.train)
     poisoned = attack.carry_out(workspace)
     count, total = len(poisoned.index), len(poisoned.train)
     if count:
         announce(f"{args.poison_type}: {count} of {total} training images poisoned ({100 * count / total:.2f} %)")
     if args.export_poisoned:
         export_poisoned(workspace, poisoned, Path(args.export_poisoned))
-    build = partial(build_model, model.arch, dataset.num_classes, model.widen_factor)
-    check_step(training_bytes, build, min(config.batch_size, total), runtime, dataset.train)
     with seeded_weights(args.seed, "initial weights"):
         network = build()
     network = network.to(runtime.device, memory_format=torch.channels_last)

@@ -78,6 +78,17 @@ def test_command_is_accepted(command):
     assert output.startswith((".", "save"))
 
 
+@pytest.mark.slow
+def test_the_first_example_of_the_help_plants_its_backdoor(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train = PROGRAMS["train_backdoor_cifar.py"]
+    example = re.sub(r"\\\n\s*", " ", train.__doc__.replace("\\\\", "\\")).split("python train_backdoor_cifar.py ")[1]
+    flags = shlex.split(example.splitlines()[0])
+    assert "synthetic" in flags and train.main([*flags, "--threads", "1"]) == 0
+    metrics = json.loads((tmp_path / "save" / "last_model.json").read_text())["metrics"]
+    assert metrics["attack_success_rate"] > 90 and metrics["clean_accuracy"] > 95
+
+
 def test_flags_in_the_text_exist():
     known = set().union(*(flags(module.build_parser()) for module in PROGRAMS.values()))
     for name, text in DOCUMENTS.items():

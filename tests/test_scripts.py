@@ -67,8 +67,8 @@ def folder(trained, tmp_path):
 def repaired(tmp_path_factory):
     """The three steps on 4,000 synthetic images, long enough that the backdoor is there and goes."""
     folder = tmp_path_factory.mktemp("repaired")
-    out = ["--output-dir", str(folder)]
-    trained = ["--dataset", "small", "--epoch", "20", "--batch-size", "48", "--poison-rate", "0.1"]
+    out = ["--output-dir", str(folder), "--threads", "1"]
+    trained = ["--dataset", "small", "--epoch", "20", "--batch-size", "48", "--poison-rate", "0.2"]
     assert train.main([*out, *WIDTH, *trained, "--lr-schedule", "one-cycle"]) == 0
     masks = ["--val-frac", "0.1", "--nb-iter", "300", "--print-every", "300", "--batch-size", "96"]
     assert optimize.main([*out, *source(folder), *masks]) == 0
