@@ -17,7 +17,6 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     prepare_process()
 
 import argparse
-import sys
 from dataclasses import dataclass
 from functools import partial
 
@@ -32,7 +31,7 @@ from formats.outputs import OUTPUTS
 from formats.plots import plot_masks
 from formats.subject import Subject, add_subject_flags, builder_of, load_subject
 from utils.config import Config, Range, add_flags, add_output_flags, from_flags, make_parser, setting
-from utils.console import announce
+from utils.console import announce, leave
 from utils.errors import InputError
 from utils.run import Run, command_line, run_script
 
@@ -95,4 +94,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

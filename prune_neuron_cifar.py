@@ -18,7 +18,6 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     prepare_process()
 
 import argparse
-import sys
 from dataclasses import dataclass
 from functools import partial
 
@@ -46,7 +45,7 @@ from utils.config import (
     required,
     setting,
 )
-from utils.console import announce
+from utils.console import announce, leave
 from utils.errors import InputError
 from utils.run import Run, command_line, run_script, versions
 
@@ -142,4 +141,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -18,7 +18,6 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     prepare_process()
 
 import argparse
-import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -40,7 +39,7 @@ from formats.outputs import OUTPUTS
 from formats.plots import plot_training
 from models import ModelConfig, build_model
 from utils.config import Config, Range, add_flags, add_output_flags, from_flags, make_parser, setting
-from utils.console import announce
+from utils.console import announce, leave
 from utils.run import Run, command_line, run_script
 from utils.seeding import seeded_weights
 
@@ -139,4 +138,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -19,6 +19,7 @@ from data.datasets import DATASETS, SYNTHETIC_NORMALIZATION, Dataset, ImageSet
 from data.synthetic import CLASSES, draw_images
 from engine.drive import Means
 from utils import run
+from utils.console import leave
 
 
 def register(name: str, train: int, test: int) -> None:
@@ -49,4 +50,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

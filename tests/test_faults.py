@@ -519,6 +519,11 @@ def weights_that_overflow(folder):
     return replace_weight(folder, "linear.weight", torch.full((10, 64), 3e38))
 
 
+@fault(optimize, "loss on clean images is nan; the masks diverged; lower --lr or --anp-eps")
+def a_perturbation_without_bounds(folder):
+    return ["--anp-eps", "1e308"]
+
+
 @fault(prune, "--number 601: the network has 600 neurons")
 def more_neurons_than_there_are(folder):
     return ["--number", "601"]
@@ -690,14 +695,45 @@ def test_what_a_failed_run_left_needs_no_overwriting(folder, capsys):
     assert train.main(base(train, folder)) == 0
 
 
-def test_a_full_disk_is_named(folder, monkeypatch, capsys):
+@pytest.mark.parametrize("script", [optimize, prune])
+def test_a_full_disk_is_named_and_takes_nothing_along(script, folder, monkeypatch, capsys):
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
+    assert prune.main([*base(prune, folder), "--output-dir", str(folder)]) == 0
+    before = contents(folder)
     monkeypatch.setattr("os.fsync", full)
     capsys.readouterr()
-    assert prune.main(base(prune, folder)) == 1
-    assert re.search(r"out/.*jsonl: No space left on device", one_line(capsys.readouterr().err))
+    assert script.main([*base(script, folder), "--output-dir", str(folder), "--overwrite"]) == 1
+    assert re.search(r"save/\w+_log.jsonl: No space left on device", one_line(capsys.readouterr().err))
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--checkpoint", ""], "argument --checkpoint/--checkpoints: expected a name, found an empty text"),
+        (["--checkpont", "x"], r"unrecognized arguments: --checkpont x \(did you mean --checkpoint\?\)"),
+        (["--std", "1e-300", "1", "1"], "out of range"),
+        (["--anp-eps", ESCAPE], r"invalid number value: '\\x1b\[31m'"),
+        (["--lr", "inf"], "out of range"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_bad_flags_are_one_line(flags, message, folder, capsys):
+    with pytest.raises(SystemExit) as caught:
+        optimize.main([*base(optimize, folder), *flags])
+    line = one_line(capsys.readouterr().err)
+    assert caught.value.code == 2 and re.search(message, line) and line.endswith("--help shows every flag"), line
+
+
+@pytest.mark.parametrize("script", [train, optimize, prune])
+def test_help_and_version(script, capsys):
+    for flag, expected in (("--version", "adversarial-neuron-pruning 1.0.0"), ("--help", "usage")):
+        with pytest.raises(SystemExit) as caught:
+            script.main([flag])
+        out = capsys.readouterr().out
+        assert caught.value.code == 0 and out.startswith(expected) and "(default: )" not in out
 
 
 def test_a_card_of_a_checkpoint_that_is_named_like_a_card(tmp_path):

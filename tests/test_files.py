@@ -201,6 +201,9 @@ def test_trigger_file_without_an_entry(tmp_path):
         lambda s: {"netC": s, "netG": {"w": torch.ones(1)}},
         lambda s: {f"module.{name}": tensor for name, tensor in s.items()},
         lambda s: {"net": {f"model.{name}": tensor for name, tensor in s.items()}},
+        lambda s: {f"_orig_mod.{name}": tensor for name, tensor in s.items()},
+        lambda s: {f"_orig_mod.module.{name}": tensor for name, tensor in s.items()},
+        lambda s: {"n_averaged": torch.tensor(3), **{f"module.{name}": tensor for name, tensor in s.items()}},
     ],
 )
 def test_known_layouts_are_unwrapped(network, wrap):

@@ -162,6 +162,30 @@ def test_choice(config, count, words):
     assert (choice.point.count, choice.words) == (count, words)
 
 
+@pytest.mark.parametrize(
+    ("config", "count", "words", "reason"),
+    [
+        (ChoiceConfig(), 1, "prune the 1 neurons of smallest mask, up to 0", "at most 3 points"),
+        (ChoiceConfig(number=3), 3, "prune the 3 neurons of smallest mask, up to 0.3", "--number"),
+        (ChoiceConfig(number=0), 0, "prune nothing", "--number"),
+        (ChoiceConfig(threshold=0.2), 2, "prune every neuron with mask <= 0.2", "--threshold"),
+        (ChoiceConfig(max_acc_drop=5), 2, "prune the 2 neurons of smallest mask, up to 0.2", "at most 5 points"),
+    ],
+)
+def test_choice_in_a_sweep_by_number(config, count, words, reason):
+    """The paper's threshold is no point of such a sweep, so it is not taken unasked."""
+    masks = sort_neurons(neurons(0.3, 0.0, 0.2, 0.9))
+    points = [PruningPoint(0, None, None), *number_points(masks, 4, 1)]
+    choice = choose(masks, points, [0.90, 0.90, 0.86, 0.5, 0.1], config)
+    assert (choice.point.count, choice.words) == (count, words) and reason in choice.reason
+
+
+def test_no_more_neurons_than_there_are():
+    masks = sort_neurons(neurons(0.3, 0.0))
+    with pytest.raises(ValueError, match="3 neurons cannot be pruned, there are 2"):
+        choose(masks, [PruningPoint(0, None, None)], [0.9], ChoiceConfig(number=3))
+
+
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50", "vgg19_bn", "MobileNetV2"])
 def test_folding_computes_the_same(arch):
     torch.manual_seed(0)

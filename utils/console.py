@@ -4,10 +4,10 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from utils.errors import printable
-from utils.signals import end_silently
+from utils.signals import end_silently, ignore_all
 
 
 def prepare_process() -> None:
@@ -18,6 +18,12 @@ def prepare_process() -> None:
             setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a path may hold what the terminal cannot show
+
+
+def leave(status: int) -> NoReturn:
+    """End a script's process with a status that no late signal changes."""
+    ignore_all()
+    sys.exit(status)
 
 
 def announce(message: str) -> None:

@@ -284,11 +284,12 @@ class Run:
         if self.saved or self._begun:
             return
         self._begun = True
-        self.state_path.unlink(missing_ok=True)
         patterns = self.outputs.files + (self.outputs.derived if self.overwriting else ())
-        for path in self._there(patterns):
+        older = set(self._there(patterns)) - {self._log_path}
+        write_log(self._log_path, self._record, [], ended=False)  # first: a full disk shall fail before anything goes
+        self.state_path.unlink(missing_ok=True)
+        for path in older:
             path.unlink()
-        write_log(self._log_path, self._record, [], ended=False)  # so that whatever is left is known to be unfinished
 
     def table(self, columns: dict[str, str]) -> Table:
         """Open the log. A resumed run starts with the rows it had."""

@@ -29,6 +29,11 @@ def end_silently() -> None:
     _handle_all(lambda number, frame: os._exit(EXIT_INTERRUPTED))
 
 
+def ignore_all() -> None:
+    """Let no signal change how a process ends whose work is over."""
+    _handle_all(signal.SIG_IGN)
+
+
 def _handle_all(handler) -> dict:
     """Install a handler; returns the older ones. Signals that are ignored, as under nohup, stay so."""
     if threading.current_thread() is not threading.main_thread():
