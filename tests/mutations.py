@@ -830,6 +830,174 @@ MUTATIONS = [
             "test_attacks.py -k goes_on_exactly and iab",
         ),
     ),
+    *_of(
+        "utils/run.py",
+        (
+            "run: results replaced without --overwrite",
+            "if not (self.saved or self.overwriting or self.finished_before):",
+            "if False:",
+            "test_faults.py -k are_there",
+        ),
+        ("run: inputs overwritten", "            self._protect_inputs()\n", "", "test_faults.py -k what_step_3_writes"),
+        ("run: links not followed", "place = path.resolve()", "place = path.absolute()", "test_faults.py -k a_link_to"),
+        (
+            "run: what later steps made survives",
+            "(self.outputs.derived if self.overwriting else ())",
+            "()",
+            "test_faults.py -k along",
+        ),
+        (
+            "run: cleared before a full disk is noticed",
+            "older = set(self._there(patterns)) - {self._log_path}",
+            "older = set(self._there(patterns)) - {self._log_path}; [path.unlink() for path in older]; older = set()",
+            "test_faults.py -k full_disk",
+        ),
+        (
+            "run: leftovers taken for results",
+            "if unfinished else self._there(self.outputs.files)",
+            "if False else self._there(self.outputs.files)",
+            "test_faults.py -k failed_run_left",
+        ),
+        ("run: torn state saved", "if not error.at_once:", "if True:", "test_faults.py -k second_signal"),
+        (
+            "run: files compared by their names",
+            "if name not in FACT_OPTIONS and name not in files}",
+            "if name not in FACT_OPTIONS}",
+            "test_faults.py -k may_differ",
+        ),
+        (
+            "run: a replaced file is not noticed",
+            "if files[0].get(name) != files[1].get(name):",
+            "if False:",
+            "test_scripts.py -k replaced_checkpoint",
+        ),
+        (
+            "run: a damaged state is a bug",
+            "(LookupError, TypeError, ValueError, AttributeError, RuntimeError)",
+            "(ZeroDivisionError,)",
+            "test_faults.py -k edited",
+        ),
+        (
+            "run: memory is a bug",
+            "if complaint := as_one_line(error):",
+            "if complaint := None:",
+            "test_faults.py -k too_little_memory",
+        ),
+    ),
+    *_of(
+        "utils/signals.py",
+        (
+            "signals: a second one waits too",
+            "if self._deferring and not self._pending:",
+            "if self._deferring:",
+            "test_faults.py -k second_signal",
+        ),
+        (
+            "signals: late ones count",
+            "    _handle_all(signal.SIG_IGN)\n",
+            "    pass\n",
+            "test_faults.py -k many_signals",
+        ),
+    ),
+    *_of(
+        "utils/files.py",
+        (
+            "files: pipes are opened",
+            "if not stat.S_ISREG(status.st_mode):",
+            "if False:",
+            "test_faults.py -k a_device_as",
+        ),
+        (
+            "files: any size",
+            "if limit is not None and status.st_size > limit:",
+            "if False:",
+            "test_faults.py -k megabytes or gigabytes",
+        ),
+        ("files: checksums ignored", "damaged = archive.testzip()", "damaged = None", "test_faults.py -k flipped"),
+        (
+            "files: archives are unpacked",
+            "if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):",
+            "if False:",
+            "test_faults.py -k grows",
+        ),
+        (
+            "files: byte order marks stay",
+            'content.decode("utf-8-sig")',
+            "content.decode()",
+            "test_faults.py -k order_mark",
+        ),
+        (
+            "files: a full disk without a name",
+            "raise OSError(error.errno, error.strerror, str(path)) from error",
+            "raise",
+            "test_faults.py -k full_disk",
+        ),
+    ),
+    *_of(
+        "utils/errors.py",
+        (
+            "errors: escapes reach the terminal",
+            "super().__init__(printable(message))",
+            "super().__init__(message)",
+            "test_faults.py -k steer",
+        ),
+        (
+            "errors: values quoted whole",
+            "text if len(text) <= QUOTED else",
+            "text if True else",
+            "test_faults.py -k long",
+        ),
+    ),
+    *_of(
+        "engine/drive.py",
+        (
+            "drive: any number of steps is done",
+            "if type(loop.done) is not int or not 0 <= loop.done <= loop.total:",
+            "if False:",
+            "test_faults.py -k edited",
+        ),
+    ),
+    *_of(
+        "formats/cards.py",
+        (
+            "cards: links to nothing are no cards",
+            "os.path.lexists(card_file)",
+            "card_file.exists()",
+            "test_faults.py -k card",
+        ),
+        (
+            "cards: texts are numbers",
+            "type(value) in (int, float) and value in within",
+            "float(value) in within",
+            "test_faults.py -k text_for_a_number",
+        ),
+    ),
+    *_of(
+        "formats/checkpoints.py",
+        (
+            "checkpoints: negative variances",
+            "bool((tensor < 0).any())",
+            "False",
+            "test_faults.py -k negative_variances",
+        ),
+        (
+            "checkpoints: one prefix alone",
+            "while content and (prefix",
+            "if content and (prefix",
+            "test_files.py -k layouts",
+        ),
+        ("checkpoints: averaged weights refused", "if name != AVERAGED}", "}", "test_files.py -k layouts"),
+    ),
+    *_of(
+        "formats/trigger_file.py",
+        (
+            "triggers: empty ones",
+            "if not alpha.any() or not mask.any():",
+            "if False:",
+            "test_faults.py -k trigger_without",
+        ),
+        ("triggers: any size", "if value.numel() > LARGEST:", "if False:", "test_faults.py -k gigabytes"),
+    ),
 ]
 
 

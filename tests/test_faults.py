@@ -25,6 +25,7 @@ import optimize_mask_cifar as optimize
 import prune_neuron_cifar as prune
 import train_backdoor_cifar as train
 from attacks.clean_label import IMAGES, LABELS, RECIPE
+from data.split import draw_permutation
 from formats.cards import read_card
 from tests.conftest import WIDTH
 from tests.small import interrupt_after
@@ -740,6 +741,13 @@ def test_a_card_of_a_checkpoint_that_is_named_like_a_card(tmp_path):
     path = tmp_path / "x.json"
     torch.save({"w": torch.ones(1)}, path)
     assert read_card(path) is None
+
+
+def test_a_byte_order_mark_is_no_fault(folder):
+    """Editors of Windows put it at the beginning of a text."""
+    masks = written(folder / "marked.txt", "\ufeff" + (folder / "mask_values.txt").read_text())
+    split = written(folder / "split.txt", "\ufeff" + "\n".join(map(str, draw_permutation(600).tolist())))
+    assert prune.main([*base(prune, folder), "--mask-file", masks, "--split-file", split]) == 0
 
 
 # ---- silence
