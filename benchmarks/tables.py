@@ -88,6 +88,12 @@ def _read_json(path: Path) -> Result:
     return content
 
 
+def load_zoo(folder: Path) -> list[Result]:
+    """Read the cards of the zoo's networks; raises ``InputError`` where one is no JSON."""
+    paths = sorted(folder.glob("*/last_model.json"))
+    return [{"content": "network", "folder": f"zoo/{path.parent.name}", **_read_json(path)} for path in paths]
+
+
 def _place(result: Result) -> tuple:
     if result["content"] != "run":
         return (result["content"],)
@@ -327,7 +333,18 @@ def _plain_pair(row: Result) -> str:
     return f"{row['clean_accuracy']:g} / {row['attack_success_rate']:g}"
 
 
+def zoo_table(results: list[Result]) -> str:
+    """The networks of zoo/, from their cards."""
+    rows = [
+        [f"`{network['folder']}`", title({"attack": network["attack"]["poison_type"]}), pair(network["metrics"])]
+        for network in results
+        if network.get("content") == "network"
+    ]
+    return markdown(["folder", "attack", "C-Acc / ASR"], rows)
+
+
 TABLES: dict[str, Callable[[list[Result]], str]] = {
+    "zoo": zoo_table,
     "main": main_table,
     "runs": runs_table,
     "by-number": number_table,
@@ -378,7 +395,7 @@ def update(root: Path, check: bool) -> int:
     """Render the tables of README.md and docs/*.md.
 
     Args:
-        root: the folder of README.md, docs/ and results/.
+        root: the folder of README.md, docs/, results/ and zoo/.
         check: write nothing, and print one line for each stale table.
 
     Returns:
@@ -388,7 +405,7 @@ def update(root: Path, check: bool) -> int:
         InputError: a result file or a document is damaged.
         OSError: a document cannot be read or written.
     """
-    results, status = load_results(root / "results"), 0
+    results, status = load_results(root / "results") + load_zoo(root / "zoo"), 0
     for path in [root / "README.md", *sorted((root / "docs").glob("*.md"))]:
         text, stale = replace_tables(path, results)
         for name in stale:

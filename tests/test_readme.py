@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import figure, same_place, speed, tables
+from benchmarks import figure, same_place, speed, tables, zoo
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = {str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}
@@ -19,6 +19,7 @@ PROGRAMS = {f"{name}.py": importlib.import_module(name) for name in SCRIPTS} | {
     "benchmarks.speed": speed,
     "benchmarks.same_place": same_place,
     "benchmarks.tables": tables,
+    "benchmarks.zoo": zoo,
     "benchmarks.figure": figure,
 }
 PUBLISHED = [
