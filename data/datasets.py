@@ -138,10 +138,16 @@ class DataConfig(Config):
 
 
 @dataclass(frozen=True)
-class SourceConfig(Config):
-    """Where a run finds the images and the split; a model card does not decide this."""
+class FolderConfig(Config):
+    """Where a run finds the images; a model card does not decide this."""
 
     data_dir: str = setting("../data", "folder that holds cifar-10-batches-py", metavar="DIR")
+
+
+@dataclass(frozen=True)
+class SourceConfig(FolderConfig):
+    """Where a run finds the images and the split."""
+
     split_file: InputFile | None = setting(
         None,
         "a permutation of the training images, one index a line, such as the release's; needed for its published "

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from data.augment import normalize
 from data.datasets import ImageSet, Normalization
-from data.triggers import Trigger, triggered_test_set
+from data.triggers import Trigger, attacked_index, triggered_test_set
 
 EVALUATION_BATCH = 500
 BAR_DELAY = 2.0  # seconds after which a progress bar is worth showing
@@ -22,8 +22,15 @@ CARD_NAMES = {
     "triggered": "attack_success_rate",
     "defender": "defender_accuracy",
     "cross": "cross_trigger_accuracy",
+    "robust": "robust_accuracy",
 }
-COLUMN_NAMES = {"clean": "C-Acc %", "triggered": "ASR %", "defender": "defender acc %", "cross": "cross %"}
+COLUMN_NAMES = {
+    "clean": "C-Acc %",
+    "triggered": "ASR %",
+    "defender": "defender acc %",
+    "cross": "cross %",
+    "robust": "R-Acc %",
+}
 
 
 class NotFinite(ArithmeticError):
@@ -44,12 +51,14 @@ class Report:
 
     ``defender`` is the accuracy on the defender's own clean images, None in step 1. ``cross`` is the accuracy
     on test images with the triggers of other images, None for attacks whose trigger is the same on every image.
+    ``robust`` is the accuracy on the triggered images, judged by their true classes (R-Acc), None where not asked for.
     """
 
     clean: Metrics
     triggered: Metrics | None
     defender: Metrics | None
     cross: Metrics | None = None
+    robust: Metrics | None = None
 
     def known(self) -> dict[str, Metrics]:
         """Return what was measured, by name."""
@@ -76,7 +85,8 @@ class Report:
     def __str__(self) -> str:
         asr = f"{percent(self.triggered.accuracy):.2f} %" if self.triggered else "not known (no trigger)"
         cross = f", with other images' triggers {percent(self.cross.accuracy):.2f} %" if self.cross else ""
-        return f"C-Acc {percent(self.clean.accuracy):.2f} %, ASR {asr}{cross}"
+        robust = f", R-Acc {percent(self.robust.accuracy):.2f} %" if self.robust else ""
+        return f"C-Acc {percent(self.clean.accuracy):.2f} %, ASR {asr}{cross}{robust}"
 
 
 def is_guessing(accuracy: float, num_classes: int, count: int) -> bool:
@@ -149,6 +159,7 @@ class Evaluator:
         defender: the defender's clean images; None where there is no defender yet.
         cross: also measure the accuracy on images with the triggers of other images.
         batch_size: images in an evaluation batch; changes the speed, not the result.
+        robust: also measure how many triggered images are given their true class.
 
     Raises:
         InputError: the trigger does not fit the test images.
@@ -163,11 +174,15 @@ class Evaluator:
         defender: ImageSet | None = None,
         cross: bool = False,
         batch_size: int = EVALUATION_BATCH,
+        robust: bool = False,
     ):
-        self.sets = {"clean": clean_test, "triggered": None, "defender": defender, "cross": None}
+        self.sets = {"clean": clean_test, "triggered": None, "defender": defender, "cross": None, "robust": None}
         if trigger:
             self.sets["triggered"] = triggered_test_set(clean_test, trigger)
             self.sets["cross"] = crossed(clean_test, trigger) if cross else None
+        if trigger and robust:
+            true = clean_test.labels[attacked_index(clean_test, trigger)]
+            self.sets["robust"] = replace(self.sets["triggered"], labels=true)
         self.normalization, self.precision, self.batch_size = normalization, precision, batch_size
 
     def __call__(self, network: nn.Module) -> Report:

@@ -5,27 +5,22 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from data.datasets import MEANS, STDS, DataConfig, Dataset, ImageSet, Normalization, SourceConfig, load_dataset
+from data.datasets import ImageSet, Normalization, SourceConfig
 from data.split import HELD_OUT, absolute, defender_index, load_permutation, permutation_digest
-from data.triggers import Trigger, count_unchanged
 from engine.evaluation import Evaluator
-from engine.memory import check_memory, on_meta, parameter_bytes
 from engine.runtime import Runtime
-from formats.cards import card_path, read_card
-from formats.checkpoints import load_strictly, read_state_dict
-from formats.trigger_file import load_trigger
-from models import ARCHITECTURES, ModelConfig, build_model
-from utils.config import Config, InputFile, Range, add_flags, from_flags, given_flags, required, setting
+from formats.cards import read_card
+from formats.checkpoints import read_state_dict
+from formats.network import add_network_flags, build_network, load_network
+from models import ModelConfig, build_model
+from utils.config import Config, Range, add_flags, from_flags, setting
 from utils.console import announce
 from utils.errors import InputError, quote
 from utils.files import sha256_of
-
-C = TypeVar("C", bound=Config)
 
 
 @dataclass(frozen=True)
@@ -49,72 +44,26 @@ class Subject:
 
 @dataclass(frozen=True)
 class SubjectConfig(Config):
-    """The network to repair, and who knows what about it."""
+    """How many clean images the defender has."""
 
-    checkpoint: InputFile = required("the backdoored network", flag="--checkpoint --checkpoints", metavar="FILE")
-    trigger_info: InputFile | None = setting(
-        None, "the trigger, to report the ASR; without it only clean accuracy is reported", metavar="FILE"
-    )
     val_frac: float = setting(
         0.01,
         "the defender's clean images, a share of the training set; step 1 never trains on them",
         Range(0, HELD_OUT, open_low=True),
     )
-    mean: tuple[float, float, float] | None = setting(
-        None,
-        "mean with which the network's input is normalised, on the 0..1 scale "
-        "(default: the card's, else the dataset's)",
-        MEANS,
-    )
-    std: tuple[float, float, float] | None = setting(
-        None,
-        "standard deviation with which it is normalised, on the 0..1 scale (default: the card's, else the dataset's)",
-        STDS,
-    )
 
 
 def add_subject_flags(parser: argparse.ArgumentParser) -> None:
     """Add what steps 2 and 3 share: the network to repair, the trigger, the defender's share."""
-    add_flags(parser.add_argument_group("network to repair"), SubjectConfig)
-    add_flags(parser.add_argument_group("model"), ModelConfig, card=True)
-    data = parser.add_argument_group("data")
-    add_flags(data, DataConfig, card=True)
-    add_flags(data, SourceConfig)
+    add_network_flags(parser)
+    group = parser.add_argument_group("clean images")
+    add_flags(group, SubjectConfig)
+    add_flags(group, SourceConfig)
 
 
-def _agree(path: str, name: str, given: Any, known: Any) -> Any:
-    """Return what flag or card says, None where neither speaks.
-
-    Raises:
-        InputError: they contradict each other.
-    """
-    if given is not None and known is not None and given != known:
-        flag = "--" + name.replace("_", "-")
-        raise InputError(
-            f"{flag} {given} contradicts the card of {path}, which says {quote(known)}; leave the flag out"
-        )
-    return known if given is None else given
-
-
-def _settled(config: type[C], args: argparse.Namespace, path: str, card: dict[str, Any] | None) -> C:
-    """Return a config of which flags and card each know some values, and the defaults the rest.
-
-    Raises:
-        InputError: flag and card contradict each other, or the card's value is none of the choices here.
-    """
-    given, card = given_flags(args, config), card or {}
-    values = {name: _agree(path, name, given.get(name), card.get(name)) for name in config.__dataclass_fields__}
-    try:
-        return config(**{name: value for name, value in values.items() if value is not None})
-    except ValueError as error:  # flags were checked when they were parsed
-        raise InputError(f"{card_path(path)}: {str(error).removeprefix(config.__name__ + '.')}") from error
-
-
-def _permutation(
-    path: str, split_file: str | None, card: dict[str, Any] | None, size: int
-) -> tuple[str | None, Tensor]:
+def _permutation(path: str, split_file: str | None, card: dict[str, Any], size: int) -> tuple[str | None, Tensor]:
     """Return the split file, None for the project's own split, and the permutation."""
-    split = (card or {}).get("split", {})
+    split = card.get("split", {})
     split_file = split_file or split.get("file")
     try:
         permutation = load_permutation(split_file, size)
@@ -131,24 +80,6 @@ def _permutation(
             "images would not be unseen"
         )
     return absolute(split_file), permutation
-
-
-def _normalization(config: SubjectConfig, card: dict[str, Any] | None, own: Normalization) -> Normalization:
-    """Return what flag, card or dataset say, in this order; a card's lists become tuples."""
-    known = {name: tuple(value) for name, value in (card or {}).get("normalization", {}).items()}
-    parts = {name: _agree(config.checkpoint, name, getattr(config, name), known.get(name)) for name in ("mean", "std")}
-    return Normalization(**{name: part or getattr(own, name) for name, part in parts.items()})
-
-
-def _build(path: str, state_dict: dict[str, Tensor], arch: str, width: float, classes: int) -> nn.Module:
-    if arch not in ARCHITECTURES:
-        raise InputError(f"{path}: its card says {quote(arch)}, but only {', '.join(ARCHITECTURES)} can be built here")
-    build = partial(build_model, arch, classes, width)
-    advice = "look at --widen-factor or the card"
-    check_memory(parameter_bytes(on_meta(build)), f"{path}: {arch} of width {width}", advice, torch.device("cpu"))
-    network = build()
-    load_strictly(network, state_dict, path)
-    return network.to(memory_format=torch.channels_last).eval()
 
 
 def load_surrogate(
@@ -182,7 +113,7 @@ def load_surrogate(
         raise InputError(f"{path}: trained on another split, and so perhaps on the defender's images; see --split-file")
     known = {**asdict(normalization), **card.get("normalization", {})}
     arch, width = card.get("arch", model.arch), card.get("widen_factor", model.widen_factor)
-    network = _build(path, state_dict, arch, width, images.num_classes)
+    network = build_network(path, state_dict, arch, width, images.num_classes)
     return network, Normalization(tuple(known["mean"]), tuple(known["std"]))
 
 
@@ -197,45 +128,28 @@ def load_subject(
         batch_size: images in an evaluation batch; None for the evaluator's own.
 
     Raises:
-        InputError: a file is missing, damaged or hostile, does not fit, or contradicts a flag.
+        InputError: as ``load_network``, or the split is not the one on which the network was trained.
     """
-    config = from_flags(SubjectConfig, args)
-    path = config.checkpoint
-    state_dict, card = read_state_dict(path), read_card(path)
-    model = _settled(ModelConfig, args, path, card)
-    name = _settled(DataConfig, args, path, card).dataset
-    source = from_flags(SourceConfig, args)
-    dataset = load_dataset(name, source.data_dir, runtime.device)
-    _check_classes(path, card, dataset)
-    network = _build(path, state_dict, model.arch, model.widen_factor, dataset.num_classes)
-    trigger = load_trigger(config.trigger_info, dataset.num_classes) if config.trigger_info else None
-    if card is None:
-        announce(f"{path}: no card, so nothing says whether these are the bytes that its author published")
-    normalization = _normalization(config, card, dataset.normalization)
-    split_file, permutation = _permutation(path, source.split_file, card, len(dataset.train))
-    clean = dataset.train[defender_index(permutation, config.val_frac)]
-    announce(
-        f"{path}: {model.arch}, width {model.widen_factor}, mean {normalization.mean}, std {normalization.std}, "
-        f"from {'its card' if card else 'flags and defaults (no card)'}; {len(clean)} clean images of {name}"
-    )
-    if trigger is None:
-        announce("no --trigger-info: clean accuracy only, the attack success rate is not known")
-    known_split = bool(split_file or (card or {}).get("split"))
+    source, share = from_flags(SourceConfig, args), from_flags(SubjectConfig, args).val_frac
+    loaded = load_network(args, source.data_dir, runtime)
+    dataset, card = loaded.dataset, loaded.card
+    split_file, permutation = _permutation(loaded.path, source.split_file, card, len(dataset.train))
+    clean = dataset.train[defender_index(permutation, share)]
+    known_split = bool(split_file or card.get("split"))
     described = {
-        **asdict(model),
+        **asdict(loaded.model),
         "num_classes": dataset.num_classes,
-        "dataset": name,
-        "normalization": asdict(normalization),
+        "dataset": dataset.name,
+        "normalization": asdict(loaded.normalization),
         "split": {"file": split_file, "sha256": permutation_digest(permutation)} if known_split else {},
-        "attack": (card or {}).get("attack"),
-        "repaired_from": {"file": Path(path).name, "sha256": sha256_of(path)},
+        "attack": card.get("attack"),
+        "repaired_from": {"file": Path(loaded.path).name, "sha256": sha256_of(loaded.path)},
     }
-    subject = Subject(network.to(runtime.device), normalization, dataset.flip, clean, described)
+    subject = Subject(loaded.network, loaded.normalization, dataset.flip, clean, described)
     sizes = {"batch_size": batch_size} if batch_size else {}
-    evaluator = Evaluator(dataset.test, trigger, normalization, runtime.precision, clean, **sizes)
-    if trigger:
-        _check_effect(config.trigger_info, dataset.test, trigger, evaluator.sets["triggered"])
-    announce(f"every row measures {sum(len(each) for each in evaluator.sets.values() if each)} images")
+    evaluator = Evaluator(dataset.test, loaded.trigger, loaded.normalization, runtime.precision, clean, **sizes)
+    images = sum(len(each) for each in evaluator.sets.values() if each)
+    announce(f"{len(clean)} clean images of {dataset.name}; every row measures {images} images")
     return subject, evaluator
 
 
@@ -243,18 +157,3 @@ def builder_of(subject: Subject) -> Callable[[], nn.Module]:
     """Return a function that builds the subject's network anew, with other weights."""
     card = subject.card
     return partial(build_model, card["arch"], card["num_classes"], card["widen_factor"])
-
-
-def _check_effect(path: str, test: ImageSet, trigger: Trigger, triggered: ImageSet) -> None:
-    """Refuse a trigger that changes no test image, and say so where it leaves some as they are."""
-    unchanged, count = count_unchanged(test, trigger, triggered), len(triggered)
-    if unchanged == count:
-        raise InputError(f"{path}: this trigger changes none of {count} test images; its success rate would be none")
-    if unchanged:
-        announce(f"warning: {path}: this trigger leaves {unchanged} of {count} test images as they are")
-
-
-def _check_classes(path: str, card: dict[str, Any] | None, dataset: Dataset) -> None:
-    classes = (card or {}).get("num_classes", dataset.num_classes)
-    if classes != dataset.num_classes:
-        raise InputError(f"{path}: {classes} classes, but {dataset.name} has {dataset.num_classes}")

@@ -611,32 +611,20 @@ MUTATIONS = [
         "formats/subject.py",
         (
             "defender gets the attacker's images",
-            "defender_index(permutation, config.val_frac)",
-            "defender_index(permutation.flip(0), config.val_frac)",
+            "defender_index(permutation, share)",
+            "defender_index(permutation.flip(0), share)",
             "test_scripts.py -k defender_holds",
         ),
         (
-            "networks loaded in train mode",
-            "network.to(memory_format=torch.channels_last).eval()",
-            "network.to(memory_format=torch.channels_last)",
-            "test_attacks.py -k loaded_for_evaluation",
-        ),
-        (
             "evaluated on the training set",
-            "Evaluator(dataset.test, trigger, normalization",
-            "Evaluator(dataset.train, trigger, normalization",
+            "Evaluator(dataset.test, loaded.trigger, loaded.normalization",
+            "Evaluator(dataset.train, loaded.trigger, loaded.normalization",
             "test_scripts.py -k defender_holds",
         ),
         (
             "evaluated with the dataset's normalisation",
-            "Evaluator(dataset.test, trigger, normalization",
-            "Evaluator(dataset.test, trigger, dataset.normalization",
-            "test_scripts.py -k normalisation",
-        ),
-        (
-            "normalisation of the card ignored",
-            'getattr(config, name), known.get(name)) for name in ("mean", "std")',
-            'getattr(config, name), None) for name in ("mean", "std")',
+            "Evaluator(dataset.test, loaded.trigger, loaded.normalization",
+            "Evaluator(dataset.test, loaded.trigger, dataset.normalization",
             "test_scripts.py -k normalisation",
         ),
         (
@@ -644,6 +632,21 @@ MUTATIONS = [
             "normalization, dataset.flip, clean, described",
             "normalization, True, clean, described",
             "test_scripts.py -k mirrored",
+        ),
+    ),
+    *_of(
+        "formats/network.py",
+        (
+            "networks loaded in train mode",
+            "network.to(memory_format=torch.channels_last).eval()",
+            "network.to(memory_format=torch.channels_last)",
+            "test_attacks.py -k loaded_for_evaluation",
+        ),
+        (
+            "normalisation of the card ignored",
+            'getattr(config, name), known.get(name)) for name in ("mean", "std")',
+            'getattr(config, name), None) for name in ("mean", "std")',
+            "test_scripts.py -k normalisation",
         ),
     ),
     *_of(

@@ -14,7 +14,7 @@ from benchmarks import figure, same_place, speed, tables, zoo
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = {str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}
 README = DOCUMENTS["README.md"]
-SCRIPTS = ("train_backdoor_cifar", "optimize_mask_cifar", "prune_neuron_cifar")
+SCRIPTS = ("train_backdoor_cifar", "optimize_mask_cifar", "prune_neuron_cifar", "evaluate_cifar")
 PROGRAMS = {f"{name}.py": importlib.import_module(name) for name in SCRIPTS} | {
     "benchmarks.speed": speed,
     "benchmarks.same_place": same_place,

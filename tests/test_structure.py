@@ -13,7 +13,10 @@ ORDER = [
     {"data", "models"},
     {"utils"},
 ]  # each may import what follows
-SCRIPTS = [ROOT / f"{name}.py" for name in ("train_backdoor_cifar", "optimize_mask_cifar", "prune_neuron_cifar")]
+SCRIPTS = [
+    ROOT / f"{name}.py"
+    for name in ("train_backdoor_cifar", "optimize_mask_cifar", "prune_neuron_cifar", "evaluate_cifar")
+]
 FILES = [path for rank in ORDER for package in rank for path in sorted((ROOT / package).rglob("*.py"))]
 
 

@@ -365,13 +365,28 @@ def run_script(
         The exit status: 0, 1 for bad input, a full disk or too little memory, 130 if interrupted, 70 for an error
         nobody foresaw, whose traceback is then in a file.
     """
-    try:
+
+    def carry_out() -> None:
         with Run(step, arguments, command, outputs) as run:
             if run.finished_before:
                 announce(f"{run.folder}: this run is complete; nothing to resume")
-                return 0
+                return
             work(run)
             run.finish()
+
+    return guard(carry_out, step, Path(arguments.output_dir))
+
+
+def guard(work: Callable[[], None], step: str, folder: Path) -> int:
+    """Do some work and turn whatever goes wrong into one line on stderr; the exit status is that of ``run_script``.
+
+    Args:
+        work: what to do.
+        step: named in the line.
+        folder: for the traceback of an error nobody foresaw.
+    """
+    try:
+        work()
     except InputError as error:
         return _fail(step, f"error: {error}", EXIT_BAD_INPUT)
     except OSError as error:
@@ -381,7 +396,7 @@ def run_script(
     except Exception as error:  # the last line of defence; nothing is swallowed, the traceback is kept
         if complaint := as_one_line(error):
             return _fail(step, f"error: {complaint}", EXIT_BAD_INPUT)
-        place = _keep_traceback(Path(arguments.output_dir), step)
+        place = _keep_traceback(folder, step)
         reason = f"{type(error).__name__}: {quote(str(error))}"
         return _fail(step, f"internal error ({reason}); please report it with {place}", EXIT_BUG)
     return 0

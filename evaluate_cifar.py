@@ -1,0 +1,61 @@
+"""Measure a network: clean accuracy (C-Acc), attack success rate (ASR), and robust accuracy (R-Acc).
+
+R-Acc is the share of triggered images that are given their true class; a repair should bring the ASR down and R-Acc up.
+Nothing is written.
+
+A network from step 1 or 3, or from zoo/:
+    python evaluate_cifar.py --checkpoint zoo/badnets-0/last_model.th --trigger-info zoo/badnets-0/trigger_info.th
+
+Without --trigger-info only C-Acc is known.
+"""
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from utils.console import prepare_process
+
+    prepare_process()
+
+import argparse
+import tempfile
+from functools import partial
+from pathlib import Path
+
+from data.datasets import FolderConfig
+from engine.evaluation import Evaluator, NotFinite
+from engine.runtime import RuntimeConfig, prepare_runtime
+from formats.network import add_network_flags, load_network
+from utils.config import add_flags, from_flags, make_parser
+from utils.console import announce, leave
+from utils.errors import InputError
+from utils.run import guard
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the evaluation."""
+    parser = make_parser(__doc__)
+    add_network_flags(parser)
+    add_flags(parser.add_argument_group("source"), FolderConfig)
+    add_flags(parser.add_argument_group("computation"), RuntimeConfig)
+    return parser
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Measure the network and print one line."""
+    runtime = prepare_runtime(from_flags(RuntimeConfig, args))
+    announce(f"computing on {runtime}")
+    loaded = load_network(args, from_flags(FolderConfig, args).data_dir, runtime)
+    test = loaded.dataset.test
+    measure = Evaluator(test, loaded.trigger, loaded.normalization, runtime.precision, robust=True)
+    try:
+        announce(str(measure(loaded.network)))
+    except NotFinite as error:
+        raise InputError(f"{error}; look at --mean and --std, and at the checkpoint") from error
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure a network; returns the exit status."""
+    args = build_parser().parse_args(argv)
+    return guard(partial(evaluate, args), "evaluate", Path(tempfile.gettempdir()))
+
+
+if __name__ == "__main__":
+    leave(main())
