@@ -942,7 +942,7 @@ MUTATIONS = [
             "errors: escapes reach the terminal",
             "super().__init__(printable(message))",
             "super().__init__(message)",
-            "test_faults.py -k steer",
+            "test_faults.py -k python_caller",
         ),
         (
             "errors: values quoted whole",

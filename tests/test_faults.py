@@ -750,6 +750,10 @@ def test_a_byte_order_mark_is_no_fault(folder):
     assert prune.main([*base(prune, folder), "--mask-file", masks, "--split-file", split]) == 0
 
 
+def test_a_message_is_safe_for_a_python_caller_too():
+    assert str(InputError(f"no {ESCAPE}key\n\0\u202e")) == r"no \x1b[31mkey\n\x00\u202e"
+
+
 # ---- silence
 
 
