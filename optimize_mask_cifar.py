@@ -74,6 +74,7 @@ def optimize(args: argparse.Namespace, run: Run) -> None:
     """Carry out step 2 in the run's folder."""
     runtime = begin(from_flags(RuntimeConfig, args), run)
     subject, evaluator = load_subject(args, runtime)
+    run.rely_on({name: subject.card[name] for name in ("arch", "widen_factor", "dataset", "normalization")})
     config = from_flags(AnpConfig, args, precision=runtime.precision)
     check_step(masking_bytes, builder_of(subject), config.batch_size, runtime, subject.clean)
     loop = MaskLoop(subject, config, args.print_every)

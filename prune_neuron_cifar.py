@@ -109,12 +109,16 @@ def prune(args: argparse.Namespace, run: Run) -> None:
     """Carry out step 3 in the run's folder."""
     runtime = begin(from_flags(RuntimeConfig, args), run)
     subject, evaluator = load_subject(args, runtime, args.batch_size)
+    run.rely_on({name: subject.card[name] for name in ("arch", "widen_factor", "dataset", "normalization")})
     check_source(args.mask_file, subject.card["repaired_from"]["sha256"])
     neurons = sort_neurons(read_masks(args.mask_file, subject.network))
     if (args.number or 0) > len(neurons):
         raise InputError(f"--number {args.number}: the network has {len(neurons)} neurons")
     check_step(pruning_bytes, builder_of(subject), args.batch_size, runtime, subject.clean)
-    loop = SweepLoop(subject.network, neurons, from_flags(SweepConfig, args).points(neurons), evaluator)
+    points = from_flags(SweepConfig, args).points(neurons)
+    if not points:
+        raise InputError(f"--pruning-step {args.pruning_step:g}: the network has {len(neurons)} neurons")
+    loop = SweepLoop(subject.network, neurons, points, evaluator)
     for _ in drive(run, loop, lambda: loop.rows[-1].report):
         pass
     by = args.pruning_by

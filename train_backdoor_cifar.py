@@ -119,6 +119,7 @@ def train(args: argparse.Namespace, attack: Attack, config: TrainConfig, run: Ru
     for row, report in drive(run, loop, measure):
         described = {**card, "epochs": row["epoch"], "metrics": report.rounded() if report else {}}
         if report and row["epoch"] % args.save_every == 0:
+            run.save()  # else the file would be in the way of --resume after a power cut
             save_with_card(run.folder / f"model_{row['epoch']}.th", network.state_dict(), described)
     save_with_card(run.folder / "last_model.th", network.state_dict(), described)
     for name, state_dict in loop.companions().items():

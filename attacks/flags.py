@@ -6,7 +6,15 @@ from typing import Any
 
 from attacks import ATTACKS, Attack, PoisonedSet
 from engine.training import TrainConfig
-from utils.config import Config, add_alternative_flags, flag_fields, from_flags, given_flags, record_flags
+from utils.config import (
+    Config,
+    add_alternative_flags,
+    flag_fields,
+    from_flags,
+    given_flags,
+    not_empty,
+    record_flags,
+)
 
 DEFAULT_ATTACK = "badnets"
 
@@ -25,6 +33,7 @@ def add_attack_flags(parser: argparse.ArgumentParser) -> None:
     add_alternative_flags(group, ATTACKS)
     group.add_argument(
         "--export-poisoned",
+        type=not_empty(str),
         metavar="DIR",
         help="write the poisoned set as PNG files by class, with a table of what was done to which image",
     )

@@ -6,6 +6,7 @@ from), ``original_label`` and ``poisoned`` (1 or 0).
 """
 
 import csv
+import hashlib
 import io
 import os
 import shutil
@@ -26,9 +27,10 @@ from formats.trigger_file import load_trigger, save_trigger
 from utils.config import InputFolder, setting
 from utils.console import announce
 from utils.errors import InputError, quote, shorten
-from utils.files import check_file, read_text, write_text
+from utils.files import as_json, check_file, read_json, read_text, write_bytes, write_text
 
-TABLE, TRIGGER = "poisoned.csv", "trigger_info.th"
+TABLE, TRIGGER, RECIPE = "poisoned.csv", "trigger_info.th", "poisoned.json"
+PICTURES = ("PNG", "BMP", "PPM", "JPEG")  # formats; others would reach programs such as Ghostscript
 COLUMNS = ("file", "index", "label", "original_label", "poisoned")
 
 
@@ -60,24 +62,39 @@ def export_poisoned(workspace: Workspace, poisoned: PoisonedSet, folder: Path) -
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([COLUMNS, *rows])
     refuse_other_files(folder)
+    names = [row[0] for row in rows]
+    recipe = {"sha256": _digest(text.getvalue(), poisoned)}
     if (folder / TABLE).exists():
-        if read_text(folder / TABLE) != text.getvalue():
+        known = os.path.lexists(folder / RECIPE) and read_json(folder / RECIPE) == recipe
+        if not known or not all((folder / name).is_file() for name in names):
             raise InputError(f"--export-poisoned {folder}: another set is there; choose another folder")
         return
     unfinished = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    steps = _write_pictures(unfinished, [row[0] for row in rows], poisoned.train.images.cpu())
+    steps = _write_pictures(unfinished, names, poisoned.train.images.cpu())
     for _ in workspace.track(steps, len(rows), 0, "exporting", "image"):
         pass
     if poisoned.trigger:
         trigger = poisoned.trigger.aimed_at(workspace.dataset.test)
         save_trigger(unfinished / TRIGGER, trigger, workspace.data_index(poisoned))
+    write_bytes(unfinished / RECIPE, as_json(recipe))
     write_text(unfinished / TABLE, text.getvalue())
     unfinished.replace(folder)
     announce(
         f"exported {len(rows)} images to {folder}; train on them with --poison-type folder --poisoned-dir {folder}"
     )
+
+
+def _digest(table: str, poisoned: PoisonedSet) -> str:
+    """Return the sha256 that names a set: its table, its pixels and its trigger."""
+    digest = hashlib.sha256(table.encode())
+    digest.update(poisoned.train.images.cpu().numpy().tobytes())
+    if poisoned.trigger:
+        digest.update(repr((poisoned.trigger.alpha, poisoned.trigger.mode)).encode())
+        for part in (poisoned.trigger.pattern, poisoned.trigger.mask):
+            digest.update(part.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _rows(workspace: Workspace, poisoned: PoisonedSet) -> Iterator[tuple]:
@@ -170,9 +187,12 @@ def _known_images(
 def _read_table(path: Path) -> list[dict[str, str]]:
     text = read_text(path)
     try:
-        rows = list(csv.DictReader(io.StringIO(text, newline="")))
+        table = csv.DictReader(io.StringIO(text, newline=""))
+        rows = list(table)
     except csv.Error as error:
         raise InputError(f"{path}: {error}; expected a table of pictures") from error
+    if len(set(table.fieldnames or ())) < len(table.fieldnames or ()):
+        raise InputError(f"{path}: a column name repeats in {quote(table.fieldnames)}")
     if not rows or not {"file", "label"} <= rows[0].keys() or any(None in row.values() or None in row for row in rows):
         raise InputError(f"{path}: expected a header with the columns file, label [, index, poisoned] and full rows")
     return rows
@@ -205,7 +225,7 @@ def _read_picture(path: Path, expected: str) -> Tensor:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            with Image.open(path) as picture:
+            with Image.open(path, formats=PICTURES) as picture:
                 found = f"{picture.width}x{picture.height} {picture.mode}"
                 if found == expected:
                     return torch.from_numpy(np.array(picture))

@@ -21,11 +21,19 @@ class ImageSet:
         images: uint8 (N, H, W, 3), 0..255.
         labels: int64 (N,), 0..num_classes-1.
         num_classes: of the dataset they belong to.
+
+    Raises:
+        ValueError: there is not one label for each image.
     """
 
     images: Tensor
     labels: Tensor
     num_classes: int
+
+    def __post_init__(self):
+        count = len(self.images)
+        if self.labels.dtype != torch.int64 or self.labels.shape != (count,):
+            raise ValueError(f"labels are {self.labels.dtype} {tuple(self.labels.shape)}, expected int64 ({count},)")
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -24,6 +24,9 @@ class Trigger:
         mode: ``blend`` moves pixels towards the pattern, ``add`` adds it to them.
 
     N is 1, or one entry for each test image; patterns and targets may differ in this.
+
+    Raises:
+        ValueError: a shape, the opacity or the mode is not as described.
     """
 
     pattern: Tensor
@@ -31,6 +34,17 @@ class Trigger:
     alpha: float
     target: Tensor | None
     mode: str = "blend"
+
+    def __post_init__(self):
+        if self.mode not in MODES:
+            raise ValueError(f"mode is {self.mode!r}, expected {' or '.join(MODES)}")
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha is {self.alpha}, expected 0 to 1")
+        if self.pattern.dim() != 4 or self.mask.shape != (*self.pattern.shape[:3], 1):
+            raise ValueError(
+                f"pattern {tuple(self.pattern.shape)} and mask {tuple(self.mask.shape)}, expected (N, H, W, C) and "
+                "(N, H, W, 1)"
+            )
 
     def stamp(self, images: Tensor, index: Tensor | None = None) -> Tensor:
         """Stamp raw pixels: clip((1-mask)*x + mask*p, 0, 255), truncated.

@@ -23,7 +23,7 @@ from engine.runtime import autocast
 from formats.subject import Subject
 from models.neurons import Neuron, mask_values, neurons_up_to
 from models.noisy_batchnorm import NoisyBatchNorm, convert_noisy_batchnorm, noisy_layers
-from utils.config import Config, Range, checked, setting
+from utils.config import Config, Range, checked, one_of, setting
 from utils.seeding import seeded_generator
 
 Transform = Callable[[Tensor, torch.Generator], Tensor]
@@ -73,7 +73,7 @@ class AnpConfig(Config):
     )
     seed: int = setting(0, "decides batches, augmentation and the perturbation's start", Range(0))
     momentum: float = checked(0.9, Range(0, 1, open_high=True))
-    precision: torch.dtype = torch.float32
+    precision: torch.dtype = one_of(torch.float32, torch.bfloat16)
 
 
 @dataclass
@@ -236,20 +236,26 @@ def optimize_masks(
         raise ValueError("the network has no NoisyBatchNorm; pass it through convert_noisy_batchnorm first")
     if len(images) != len(labels) or not len(labels):
         raise ValueError(f"{len(images)} images and {len(labels)} labels")
+    if transform is None and not images.is_floating_point():
+        raise ValueError(f"images are {images.dtype}; without a transform they have to be the network's input")
     if images.is_floating_point() and not bool(torch.isfinite(images).all()):
         raise ValueError("images hold NaN or infinite values")
+    if labels.dtype != torch.int64 or labels.dim() != 1 or bool((labels < 0).any()):
+        raise ValueError(f"labels are {labels.dtype} {tuple(labels.shape)}; expected int64 (N,), 0 or more")
     state = AnpState.start(network) if state is None else state
     layers = list(noisy_layers(network).values())
     network.requires_grad_(False).eval()
     show_masks(network, state)
     iterate = None
     while state.iteration < config.iterations:
-        batch = draw_batch(images, labels, len(state.mask), config, state.iteration, transform)
+        with torch.inference_mode(False), torch.enable_grad():  # whatever the caller has set
+            batch = draw_batch(images, labels, len(state.mask), config, state.iteration, transform)
         for layer in layers:
             layer.training = True  # its children, such as the dropout of timm's BatchNormAct2d, stay in eval mode
         changed = state.mask, state.momentum
         iterate = iterate or replayed(lambda batch: _iterate(network, config, state, batch), changed, batch)
-        values = iterate(batch)
+        with torch.inference_mode(False), torch.enable_grad():
+            values = iterate(batch)
         network.eval()
         show_masks(network, state)
         state.iteration += 1

@@ -70,13 +70,14 @@ def repair(
 
     Raises:
         ValueError: the network has no BatchNorm with scale and shift, images and labels do not match or are not
-            finite, or the masks diverged.
+            finite, the masks diverged, or ``progress`` dropped iterations.
         TypeError: a BatchNorm cannot be masked.
     """
     config = config or AnpConfig()
     noisy = convert_noisy_batchnorm(network)
-    for _ in progress(optimize_masks(noisy, images, labels, config, transform)):
-        pass
+    done = sum(1 for _ in progress(optimize_masks(noisy, images, labels, config, transform)))
+    if done != config.iterations:
+        raise ValueError(f"progress passed on {done} of {config.iterations} iterations")
     neurons = sort_neurons(mask_values(noisy))
     points = [PruningPoint(0, None, None), *threshold_points(neurons, LAST_THRESHOLD, THRESHOLD_STEP)]
     accuracies = [accuracy(pruned_copy(network, neurons[: point.count]), images, labels) for point in points]

@@ -1,5 +1,6 @@
 """Which neurons to prune: sweeps over a sorted list, and the operating point (Wu & Wang, NeurIPS 2021, section 4.3)."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
@@ -39,6 +40,8 @@ class SweepConfig(Config):
         for flag, value in given.items():
             if self.pruning_by == "number" and not (value >= 1 and value == int(value)):
                 raise ValueError(f"{flag} {value:g}: --pruning-by number counts in whole neurons, 1 or more")
+        if self.pruning_by == "number" and given.get("--pruning-step", 0) > given.get("--pruning-max", math.inf):
+            raise ValueError(f"--pruning-step {self.pruning_step:g} is past --pruning-max: a sweep without a point")
         if self.pruning_by == "threshold" and given.get("--pruning-max", 0) > 1:
             raise ValueError(
                 f"--pruning-max {self.pruning_max:g}: masks lie in 0..1 (a number of neurons needs --pruning-by number)"
@@ -76,6 +79,11 @@ class ChoiceConfig(Config):
         Range(0, 100),
         metavar="POINTS",
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if sum(value is not None for value in (self.threshold, self.number, self.max_acc_drop)) > 1:
+            raise ValueError("choose one of threshold, number and max_acc_drop")
 
 
 def _steps(maximum: float, step: float) -> Iterator[Decimal]:

@@ -125,5 +125,6 @@ def drive(run: Run, loop: Loop, measure: Callable[[], Report | None]) -> Iterato
         yield from rows()
         for _ in run.track(loop.steps(), loop.total, loop.done, loop.title, loop.unit):
             yield from rows()
+        run.save()  # before results appear, which would else be in the way of --resume after a power cut
     except NotFinite as error:
         raise InputError(f"{error}; {loop.remedy}") from error

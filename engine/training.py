@@ -14,7 +14,7 @@ from data.triggers import Trigger
 from engine.drive import Means
 from engine.evaluation import Evaluator, Report
 from engine.runtime import autocast
-from utils.config import Config, Range, checked, setting
+from utils.config import Config, Range, checked, one_of, setting
 from utils.seeding import seeded_generator
 
 COLUMNS = {
@@ -59,7 +59,7 @@ class TrainConfig(Config):
     momentum: float = checked(0.9, Range(0, 1, open_high=True))
     weight_decay: float = checked(5e-4, Range(0))
     seed: int = setting(0, "decides weights, poisoned images, order and augmentation", Range(0))
-    precision: torch.dtype = torch.float32
+    precision: torch.dtype = one_of(torch.float32, torch.bfloat16)
 
     def learning_rate(self, epoch: float) -> float:
         """Return the learning rate at a time counted in epochs from 0."""

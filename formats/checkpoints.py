@@ -93,7 +93,8 @@ def is_dense(tensor: Tensor) -> bool:
 def _check_values(name: str, tensor: Tensor, own: Tensor, path: str | Path) -> None:
     if tensor.is_floating_point() != own.is_floating_point():
         raise InputError(f"{path}: {name} is a {tensor.dtype} tensor, expected {own.dtype}")
-    bad = int((~torch.isfinite(tensor.to(own.dtype))).sum())
+    tensor = tensor.to(own.dtype)
+    bad = int((~torch.isfinite(tensor)).sum())
     if bad:
         raise InputError(f"{path}: {name} holds {bad} values that are NaN or infinite")
     if name.rpartition(".")[2] == "running_var" and bool((tensor < 0).any()):

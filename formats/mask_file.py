@@ -41,7 +41,7 @@ def check_source(path: str | Path, checkpoint_sha256: str) -> None:
 def _parse(path: str | Path) -> list[Neuron]:
     if not os.path.lexists(path):
         raise InputError(f"{path}: no such file; step 2 (optimize_mask_cifar.py) writes it")
-    lines = read_text(path).splitlines()
+    lines = read_text(path).rstrip().splitlines()
     if not lines or tuple(word.strip() for word in lines[0].split("\t")) != HEADER:
         raise InputError(f"{path}: not a mask file; the first line must be {SEPARATOR.join(HEADER)!r}")
     neurons = []

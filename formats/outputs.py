@@ -2,28 +2,30 @@
 
 from utils.run import Outputs
 
+PICTURES = r"\.(png|pdf)"
 TRAIN = (
-    "last_model.*",
-    "model_init.*",
-    "model_[0-9]*.*",
-    "generators.*",
-    "trigger_info.th",
-    "clean_and_triggered.*",
-    "train_curves.*",
-    "train_log.jsonl",
+    r"(last_model|model_init|model_\d+|generators)\.(th|json)",
+    r"trigger_info\.th",
+    r"train_log\.jsonl",
+    rf"(clean_and_triggered|train_curves){PICTURES}",
 )
-MASKS = ("mask_values.*", "optimize_log.jsonl")
+MASKS = (r"mask_values\.(txt|json)", r"optimize_log\.jsonl", rf"mask_values{PICTURES}")
+REPAIRED = r"repaired_model\.(th|json)"
 SWEEPS = {
-    by: ("repaired_model.*", f"pruning_by_{by}.*", f"pruning_by_{by}_log.jsonl") for by in ("threshold", "number")
+    by: (REPAIRED, rf"pruning_by_{by}\.txt", rf"pruning_by_{by}_log\.jsonl", rf"pruning_by_{by}{PICTURES}")
+    for by in ("threshold", "number")
 }
-UNFINISHED = ("optimize_resume.th", "pruning_by_*_resume.th")
+PRUNING = (*SWEEPS["threshold"], *SWEEPS["number"], r"pruning_by_(threshold|number)_resume\.th")
 
-PRUNING = tuple(pattern for patterns in SWEEPS.values() for pattern in patterns)
 OUTPUTS = {
-    "train": Outputs(("last_model.th", "model_[0-9]*.th"), TRAIN, MASKS + PRUNING + UNFINISHED),
-    "optimize": Outputs(("mask_values.txt",), MASKS, PRUNING + UNFINISHED[1:]),
+    "train": Outputs(
+        ("last_model.th",), (r"last_model\.th", r"model_\d+\.th"), TRAIN, (*MASKS, *PRUNING, r"optimize_resume\.th")
+    ),
+    "optimize": Outputs(("mask_values.txt",), (r"mask_values\.txt",), MASKS, PRUNING),
     **{
-        f"pruning_by_{by}": Outputs(("repaired_model.th", f"pruning_by_{by}.txt"), files)
+        f"pruning_by_{by}": Outputs(
+            ("repaired_model.th", f"pruning_by_{by}.txt"), (r"repaired_model\.th", rf"pruning_by_{by}\.txt"), files
+        )
         for by, files in SWEEPS.items()
     },
 }

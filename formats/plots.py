@@ -1,6 +1,7 @@
 """The pictures that lie next to the text files, each as PNG and as PDF."""
 
 import io
+import logging
 import math
 import os
 import sys
@@ -48,12 +49,26 @@ LOOK = {
 FORMATS = {".pdf": {"Creator": None, "Producer": None, "CreationDate": None}, ".png": {"Software": None}}
 
 
+@contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    """Set variables of the environment in the block."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    yield
+    for name, value in before.items():
+        os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
 def _matplotlib() -> Any:
     """Import matplotlib, whatever MPLBACKEND says: an unknown name would end the import, and no picture needs one."""
     if "matplotlib" not in sys.modules:
+        logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns where it can keep no cache
         backend = os.environ.pop("MPLBACKEND", None)
         try:
             import matplotlib
+        except (ValueError, OSError):  # the user's settings cannot be read; none of them is needed
+            with _environment(MATPLOTLIBRC=os.devnull):
+                import matplotlib
         finally:
             if backend is not None:
                 os.environ["MPLBACKEND"] = backend

@@ -72,7 +72,8 @@ def _permutation(path: str, split_file: str | None, card: dict[str, Any], size: 
         raise InputError(f"{error}{hint}") from error
     if "sha256" not in split and not split_file:
         announce(
-            f"{path}: no card and no --split-file: most of the defender's images may be among those it was trained on"
+            f"{path}: no card names its split, and no --split-file: most of the defender's images may be among those "
+            "it was trained on"
         )
     if "sha256" in split and permutation_digest(permutation) != split["sha256"]:
         raise InputError(

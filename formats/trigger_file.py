@@ -38,7 +38,7 @@ def _numbers(content: dict, key: str, path: str | Path, low: float, high: float)
     """Return an entry as a dense array of finite numbers in a range, in the data type in which it was stored."""
     value = content[key]
     try:
-        value = value if isinstance(value, Tensor) else torch.from_numpy(np.asarray(value))
+        value = value.detach() if isinstance(value, Tensor) else torch.from_numpy(np.asarray(value))
         if not is_dense(value):
             raise TypeError(f"{value.layout} {value.dtype}")
         if value.numel() > LARGEST:

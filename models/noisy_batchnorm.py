@@ -52,7 +52,7 @@ class NoisyBatchNorm(_BatchNorm):
         scale = self.mask + self.weight_noise if self.perturbed else self.mask
         weight = self.weight * scale
         bias = self.bias * (1 + self.bias_noise) if self.perturbed else self.bias
-        return weight, bias
+        return weight.to(self.weight.dtype), bias.to(self.weight.dtype)  # noise is float32, a network may be half
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)

@@ -209,6 +209,24 @@ def a_trained_network_is_there(folder):
     return ["--output-dir", str(folder)]
 
 
+@fault(prune, "--checkpoint .*repaired_model.th would be overwritten")
+def the_checkpoint_is_a_link_in_the_place_of_what_step_3_writes(folder):
+    (folder / "repaired_model.th").symlink_to("last_model.th")
+    return ["--output-dir", str(folder), "--checkpoint", f"{folder}/repaired_model.th", "--overwrite"]
+
+
+@fault(optimize, "--checkpoint .*mask_values.th would be overwritten")
+def the_card_of_the_checkpoint_is_what_step_2_writes(folder):
+    shutil.copy(folder / "last_model.th", folder / "mask_values.th")
+    shutil.copy(folder / "last_model.json", folder / "mask_values.json")
+    return ["--output-dir", str(folder), "--checkpoint", f"{folder}/mask_values.th", "--overwrite"]
+
+
+@fault(optimize, "--output-dir .*file.txt: is no folder; choose another")
+def a_file_as_output_folder(folder):
+    return ["--output-dir", written(folder / "file.txt", "")]
+
+
 @fault(train, "last_model.th is there already")
 def resume_where_another_run_has_ended(folder):
     return ["--output-dir", str(folder), "--seed", "5", "--resume"]
@@ -496,6 +514,42 @@ def a_pickled_network(folder):
     return ["--checkpoint", f"{folder}/whole.th"]
 
 
+@fault(optimize, "it is a Git LFS pointer")
+def a_pointer_of_git_lfs(folder):
+    return ["--checkpoint", written(folder / "lfs.th", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n")]
+
+
+@fault(optimize, "it is a web page")
+def a_web_page(folder):
+    return ["--checkpoint", written(folder / "page.th", "<!DOCTYPE html><title>Quota exceeded</title>")]
+
+
+@fault(optimize, "it is a zip archive of something else")
+def an_npz_file(folder):
+    np.savez(folder / "arrays.npz", a=np.ones(3))
+    return ["--checkpoint", f"{folder}/arrays.npz"]
+
+
+@fault(train, "b.png: not a readable picture")
+def a_picture_that_another_program_would_open(folder):
+    """Pillow would hand PostScript to Ghostscript."""
+    text = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\nshowpage\n"
+    return pictures(folder, "b.png", lambda path: written(path, text))
+
+
+@fault(train, "a column name repeats")
+def a_table_with_two_labels(folder):
+    flags = pictures(folder, "b.png")
+    table = folder / "pictures" / "poisoned.csv"
+    written(table, table.read_text().replace("file,label", "label,label"))
+    return flags
+
+
+@fault(prune, "--pruning-step 700: the network has 600 neurons")
+def a_sweep_without_a_point(folder):
+    return ["--pruning-by", "number", "--pruning-max", "700", "--pruning-step", "700"]
+
+
 @fault(optimize, "a TorchScript program.*weights alone")
 def a_torchscript_program(folder):
     torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)).save(folder / "script.th")
@@ -635,8 +689,9 @@ def test_what_does_not_matter_may_differ_when_a_run_is_resumed(flags, folder, mo
     [
         (["--threads", "7"], "--threads is 7 but was [12] in the run to resume; leave it out to go on with [12]"),
         (["--lr", "0.3"], "--lr is 0.3 but was 0.2 in the run to resume"),
-        (["--std", "0.2", "0.2", "0.2"], "--std is .* but was not given in the run to resume"),
-        (["--split-file", "SPLIT"], "--split-file is another file than in the run to resume"),
+        (["--std", "0.2", "0.2", "0.2"], "--std .* contradicts the card"),
+        (["--split-file", "SPLIT"], "--split-file is given, unlike in the run to resume"),
+        (["--anp-project"], "--anp-project is True but was False in the run to resume"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -671,6 +726,79 @@ def test_overwriting_the_masks_takes_the_repaired_network_along(folder):
     assert optimize.main([*base(optimize, folder), "--output-dir", str(folder), "--overwrite"]) == 0
     assert (folder / "last_model.th").exists() and (folder / "mask_values.txt").exists()
     assert not list(folder.glob("repaired*")) + list(folder.glob("pruning*"))
+
+
+NOTES = (
+    "repaired_model.threshold.th", "repaired_model.mynotes.md", "pruning_by_threshold.xlsx", "last_model.backup.th",
+    "last_model.README", "model_20.old.th", "mask_values.final.txt", "model_best.th",
+)  # fmt: skip
+
+
+def test_files_of_the_user_survive_whatever_they_are_called(folder):
+    for name in NOTES:
+        (folder / name).write_text("mine")
+    for script in (train, optimize, prune):
+        assert script.main([*base(script, folder), "--output-dir", str(folder), "--overwrite"]) == 0
+    assert [name for name in NOTES if (folder / name).exists()] == list(NOTES)
+
+
+@pytest.mark.parametrize("name", ["mask_values.txt", "repaired_model.json", "optimize_resume.th"])
+def test_a_folder_in_the_place_of_a_file_is_found_before_anything_goes(name, folder, capsys):
+    for path in folder.glob(name):
+        path.unlink()
+    (folder / name).mkdir()
+    before = contents(folder)
+    capsys.readouterr()
+    assert optimize.main([*base(optimize, folder), "--output-dir", str(folder), "--overwrite"]) == 1
+    assert f"{name}: a folder lies where a file is to be written" in one_line(capsys.readouterr().err)
+    assert contents(folder) == before
+
+
+def test_a_complete_run_without_its_result_is_not_called_complete(folder, capsys):
+    flags = [*base(optimize, folder), "--output-dir", str(folder), "--resume"]
+    assert optimize.main(flags) == 0
+    assert "nothing to resume" in capsys.readouterr().out
+    (folder / "mask_values.txt").unlink()
+    assert optimize.main(flags) == 1
+    assert "is there already" in one_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("script", [train, optimize, prune])
+def test_a_power_cut_while_results_are_written_needs_resume_alone(script, folder, monkeypatch):
+    """The log says that the run has not ended, and the state lies beside the results."""
+    with monkeypatch.context() as patch:
+        patch.setattr("utils.run.Run.finish", nothing_left)
+        with pytest.raises(SystemExit):
+            script.main(base(script, folder))
+    results = contents_of(folder / "out")
+    assert script.main([*base(script, folder), "--resume"]) == 0
+    assert contents_of(folder / "out") == results
+
+
+def nothing_left(run):
+    raise SystemExit
+
+
+def contents_of(out):
+    return {
+        path.name: sha256_of(path)
+        for path in out.iterdir()
+        if path.suffix in (".th", ".txt") and "resume" not in path.name
+    }
+
+
+def test_what_the_card_says_may_be_said_when_a_run_is_resumed(folder, monkeypatch):
+    interrupted(folder, monkeypatch)
+    flags = [*WIDTH, "--arch", "resnet18", "--std", "0.25", "0.25", "0.25"]
+    assert optimize.main([*base(optimize, folder), "--resume", *flags]) == 0
+
+
+def test_another_card_is_noticed_when_a_run_is_resumed(folder, monkeypatch, capsys):
+    interrupted(folder, monkeypatch)
+    edit_card(folder, normalization={"mean": [0.5, 0.5, 0.5], "std": [0.3, 0.3, 0.3]})
+    capsys.readouterr()
+    assert optimize.main([*base(optimize, folder), "--resume"]) == 1
+    assert "normalization is" in one_line(capsys.readouterr().err)
 
 
 def test_one_sweep_leaves_the_other_but_not_its_network(folder, capsys):
@@ -717,7 +845,7 @@ def test_a_full_disk_is_named_and_takes_nothing_along(script, folder, monkeypatc
         (["--checkpont", "x"], r"unrecognized arguments: --checkpont x \(did you mean --checkpoint\?\)"),
         (["--std", "1e-300", "1", "1"], "out of range"),
         (["--anp-eps", ESCAPE], r"invalid number value: '\\x1b\[31m'"),
-        (["--lr", "inf"], "out of range"),
+        (["--lr", "inf"], r"argument --lr: inf is out of range: it must be above 0; --help"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -752,6 +880,19 @@ def test_a_byte_order_mark_is_no_fault(folder):
 
 def test_a_message_is_safe_for_a_python_caller_too():
     assert str(InputError(f"no {ESCAPE}key\n\0\u202e")) == r"no \x1b[31mkey\n\x00\u202e"
+
+
+def test_weights_and_triggers_in_odd_but_readable_forms(folder, capsys, recwarn):
+    state = torch.load(folder / "last_model.th")
+    odd = {name: t.to(torch.float8_e5m2) if t.dim() == 1 and t.is_floating_point() else t for name, t in state.items()}
+    torch.save(odd, folder / "odd.th")
+    edit_trigger(folder, trigger_mask=torch.nn.Parameter(torch.load(folder / "trigger_info.th")["trigger_mask"]))
+    masks = written(folder / "masks.txt", (folder / "mask_values.txt").read_text() + "\n\n")
+    assert (
+        optimize.main([*base(optimize, folder), "--checkpoint", f"{folder}/odd.th", "--dataset", "tiny", *WIDTH]) == 0
+    )
+    assert prune.main([*base(prune, folder), "--output-dir", f"{folder}/out2", "--mask-file", masks]) == 0
+    assert capsys.readouterr().err == "" and not [w for w in recwarn if "requires_grad" in str(w.message)]
 
 
 # ---- silence

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from fnmatch import fnmatch
 from pathlib import Path
 
 import filelock
@@ -105,7 +104,7 @@ def test_what_lies_in_the_folder(pruned):
     assert not {name for name in names if "resume" in name or name.endswith(".part")}
     known = [pattern for step in ("train", "optimize", "pruning_by_threshold") for pattern in OUTPUTS[step].files]
     files = {path.name for path in pruned.iterdir() if path.is_file()}
-    strange = {name for name in files if not any(fnmatch(name, pattern) for pattern in known)}
+    strange = {name for name in files if not any(re.fullmatch(pattern, name) for pattern in known)}
     assert strange == {".lock"}, "what no pattern names would survive --overwrite"
     assert all((pruned / name).read_bytes()[:4] == b"\x89PNG" for name in names if name.endswith(".png"))
     for picture in ("train_curves", "clean_and_triggered", "mask_values", "pruning_by_threshold"):

@@ -7,6 +7,7 @@ import argparse
 import difflib
 import math
 import numbers
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields
 from types import NoneType
@@ -78,6 +79,11 @@ def checked(default: Any, within: Range) -> Any:
     return field(default=default, metadata={"within": within})
 
 
+def one_of(default: Any, *others: Any) -> Any:
+    """Declare a field that is no flag but has few possible values."""
+    return field(default=default, metadata={"choices": (default, *others)})
+
+
 def required(help: str, flag: str | None = None, metavar: str | None = None) -> Any:
     """Declare a field without a default: a flag that must be given."""
     return field(metadata={"help": help, "flag": flag, "metavar": metavar})
@@ -103,7 +109,7 @@ class Config:
             if within and not all(entry in within for entry in entries):
                 raise ValueError(f"{place} is out of range: it must be {within}")
             if choices and any(entry not in choices for entry in entries):
-                raise ValueError(f"{place}: choose from {', '.join(choices)}")
+                raise ValueError(f"{place}: choose from {', '.join(map(str, choices))}")
 
 
 _NUMBERS = {int: numbers.Integral, float: numbers.Real}
@@ -287,8 +293,8 @@ class _Parser(argparse.ArgumentParser):
     """Its errors are one line, safe to print; a flag that does not exist is answered with the nearest one."""
 
     def error(self, message: str) -> NoReturn:
-        unknown = message.removeprefix("unrecognized arguments: ").split()[0]
-        nearest = difflib.get_close_matches(unknown, self._option_string_actions, 1) if unknown[:2] == "--" else []
+        found = re.match(r"unrecognized arguments: (--\S+)", message)
+        nearest = difflib.get_close_matches(found[1], self._option_string_actions, 1) if found else []
         hint = f" (did you mean {nearest[0]}?)" if nearest else ""
         self.exit(2, f"{self.prog}: error: {printable(message)}{hint}; --help shows every flag\n")
 

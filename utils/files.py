@@ -220,12 +220,29 @@ def load_torch(path: str | Path) -> Any:
     except pickle.UnpicklingError as error:
         forbidden = re.search(r"GLOBAL (\S+)", str(error))
         found = f"it asks to run {shorten(forbidden[1])}" if forbidden else "not a plain torch.save file"
+        found = _foreign(path) or found
         raise InputError(
             f"{path}: refused, {found}; only tensors and numeric arrays are read ({WEIGHTS_ALONE})"
         ) from error
     except _READ_ERRORS as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = _foreign(path) or (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{path}: cannot be read as a torch.save file ({shorten(reason)})") from error
+
+
+def _foreign(path: str | Path) -> str | None:
+    """Say what else a file is that somebody takes for a checkpoint; None where that is not known."""
+    with Path(path).open("rb") as file:
+        start = file.read(200)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+        return None if any(name.endswith("data.pkl") for name in names) else "it is a zip archive of something else"
+    signs = {
+        "it is a Git LFS pointer, not the file: git lfs pull": start.startswith(b"version https://git-lfs"),
+        "it is a web page, not the file; download it again": start.lstrip()[:5].lower() in (b"<!doc", b"<html"),
+        "it is a safetensors file": start[8:9] == b"{" and b'"dtype"' in start,
+    }
+    return next((what for what, found in signs.items() if found), None)
 
 
 def _check_archive(path: str | Path) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import shlex
 import sys
 import tempfile
@@ -11,7 +12,6 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +36,21 @@ SAVE_SECONDS = 60.0  # a killed run loses at most this much
 # What may differ between a run and its continuation: it changes no result, or, like the device, stands in the facts.
 FREE_OPTIONS = {"resume", "overwrite", "output_dir", "data_dir", "save_every", "print_every", "export_poisoned"}
 FACT_OPTIONS = {"device", "precision", "threads"}
+CARD_OPTIONS = {"arch", "widen_factor", "dataset", "mean", "std"}
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """The files of a step, as patterns of names in the output folder.
+    """The files of a step in the output folder; patterns are regular expressions for whole names.
 
     Attributes:
-        finished: results; they are replaced with ``--overwrite`` alone.
-        files: all that the step writes. Those that an unfinished run left behind may be replaced.
-        derived: what later steps made of them, and ``--overwrite`` takes along.
+        results: names of files that a complete run has.
+        finished: patterns of results; they are replaced with ``--overwrite`` alone.
+        files: patterns of all that the step writes. Those that an unfinished run left behind may be replaced.
+        derived: patterns of what later steps made of them, and ``--overwrite`` takes along.
     """
 
+    results: tuple[str, ...] = ()
     finished: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     derived: tuple[str, ...] = ()
@@ -67,6 +70,10 @@ def versions() -> dict[str, str]:
 def _plain(value: Any) -> Any:
     """Return a value of the command line as it is stored in files: plain types, lists for tuples."""
     return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, str) else value
+
+
+def _fits(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(re.fullmatch(pattern, name) for pattern in patterns)
 
 
 def _named(value: Any) -> Any:
@@ -129,7 +136,10 @@ class Run:
         self._begun = False
 
     def __enter__(self) -> "Run":
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise InputError(f"--output-dir {self.folder}: is no folder; choose another") from error
         self._lock = filelock.FileLock(self.folder / ".lock")
         try:
             self._lock.acquire(timeout=0)
@@ -167,17 +177,29 @@ class Run:
     def _inputs(self, kind: type) -> dict[str, Path]:
         return {name: Path(value) for name, value in vars(self.arguments).items() if isinstance(value, kind)}
 
-    def _there(self, patterns: Iterable[str]) -> list[Path]:
-        return sorted({path for pattern in patterns for path in self.folder.glob(pattern)})
+    def _there(self, patterns: tuple[str, ...]) -> list[Path]:
+        """Return the files of the folder whose names fit one of the patterns.
+
+        Raises:
+            InputError: a folder has such a name.
+        """
+        found = sorted(path for path in self.folder.iterdir() if _fits(path.name, patterns))
+        for path in found:
+            if path.is_dir() and not path.is_symlink():
+                raise InputError(f"{path}: a folder lies where a file is to be written; move it away")
+        return found
 
     def _protect_inputs(self) -> None:
         """Make sure that no file is read that the step writes, or removes, whatever link leads to it."""
         output = self.folder.resolve()
         patterns = self.outputs.files + self.outputs.derived
+        self._there((*patterns, re.escape(self.state_path.name)))  # no folder among them
         for name, path in self._inputs(InputFile).items():
-            place = path.resolve()
-            if place.parent == output and any(fnmatch(place.name, pattern) for pattern in patterns):
-                self._refuse_input(name, path, "would be overwritten")
+            for each in (path, path.with_suffix(".json")):  # its card goes with it
+                link = Path(os.path.realpath(each.parent), each.name)
+                places = Path(os.path.realpath(each)), link  # where a link leads, and the link itself
+                if any(place.parent == output and _fits(place.name, patterns) for place in places):
+                    self._refuse_input(name, path, "would be overwritten")
         for name, path in self._inputs(InputFolder).items():
             if path.resolve() in (output, *output.parents):
                 self._refuse_input(name, path, f"holds --output-dir {self.folder}")
@@ -241,13 +263,17 @@ class Run:
         before, now = self._identity(options), self._identity(self.options)
         files = before.pop("sha256"), now.pop("sha256")
         for name in sorted(files[0].keys() | files[1].keys()):
-            if files[0].get(name) != files[1].get(name):
+            old, new = files[0].get(name), files[1].get(name)
+            if old != new:
+                what = "another file than" if old and new else "given, unlike" if new else "not given, unlike"
                 raise InputError(
-                    f"--{name.replace('_', '-')} is another file than in the run to resume; "
+                    f"--{name.replace('_', '-')} is {what} in the run to resume; "
                     "use the same, or --overwrite to start again"
                 )
-        for name in sorted(before.keys() | now.keys()):
+        for name in sorted((before.keys() | now.keys()) - files[0].keys() - files[1].keys()):
             old, new = before.get(name), now.get(name)
+            if name in CARD_OPTIONS and None in (old, new):
+                continue  # a card may say the same; what came of it stands in the facts
             if old != new:
                 raise InputError(
                     f"--{name.replace('_', '-')} is {_named(new)} but was {_named(old)} in the run to resume; "
@@ -260,8 +286,18 @@ class Run:
         return self.saved and self.saved["runtime"]
 
     def rely_on(self, facts: dict[str, Any]) -> None:
-        """Record what a run depends on beside its arguments, such as device and threads."""
-        self._facts = facts
+        """Record what a run depends on beside its arguments, such as device and threads; may be called again.
+
+        Raises:
+            InputError: the run to resume relied on others.
+        """
+        self._facts = {**self._facts, **facts}
+        for name, new in facts.items():
+            old = (self.began_with or {}).get(name, new)
+            if old != new:
+                raise InputError(
+                    f"{name} is {quote(new)} but was {quote(old)} in the run to resume; --overwrite starts again"
+                )
 
     @property
     def finished_before(self) -> bool:
@@ -270,6 +306,8 @@ class Run:
             return False
         record, _ = read_table(self._log_path)
         options = record.get("arguments")
+        if any(not (self.folder / name).exists() for name in self.outputs.results):
+            return False
         if record.get("ended") is not True or not isinstance(options, dict) or "sha256" not in options:
             return False
         return self._identity(options) == self._identity(self.options)
