@@ -45,6 +45,7 @@ def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
     return sum(int((network(part).argmax(1) == right).sum()) for part, right in parts) / len(labels)
 
 
+@torch.inference_mode(False)  # whatever the caller has set: masks need gradients
 def repair(
     network: nn.Module,
     images: Tensor,

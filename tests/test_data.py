@@ -216,3 +216,27 @@ def test_cifar10_offline(tmp_path, monkeypatch):
     (tmp_path / "cifar-10-batches-py" / "data_batch_1").write_bytes(b"cut off")
     with pytest.raises(InputError, match="no intact CIFAR-10"):
         load_cifar10(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"alpha": 5.0}, "alpha is 5.0"),
+        ({"alpha": float("nan")}, "alpha is nan"),
+        ({"mode": "multiply"}, "mode is 'multiply'"),
+        ({"mask": torch.ones(1, 3, 3, 1)}, "expected .N, H, W, C. and .N, H, W, 1."),
+        ({"pattern": torch.zeros(32, 32, 3)}, "expected .N, H, W, C."),
+    ],
+)
+def test_triggers_that_mean_nothing(changes, message):
+    parts = {"pattern": torch.zeros(1, 32, 32, 3), "mask": torch.ones(1, 32, 32, 1), "alpha": 1.0, "target": None}
+    Trigger(**parts)
+    with pytest.raises(ValueError, match=message):
+        Trigger(**{**parts, **changes})
+
+
+def test_one_label_for_each_image():
+    images = torch.zeros(4, 32, 32, 3, dtype=torch.uint8)
+    for labels in (torch.zeros(5).long(), torch.zeros(4), torch.zeros(4, 10).long()):
+        with pytest.raises(ValueError, match="expected int64"):
+            ImageSet(images, labels, 10)

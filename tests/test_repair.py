@@ -64,3 +64,45 @@ def test_accuracy_is_the_share_of_right_answers(inputs):
 
     images, labels = inputs
     assert accuracy(Constant(), images, labels) == int((labels == 3).sum()) / 40 > 0
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_whatever_gradient_mode_the_caller_is_in(network, inputs, mode):
+    expected = repair(network, *inputs, CONFIG).neurons
+    with mode():
+        assert repair(network, *inputs, CONFIG).neurons == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_networks_of_other_precision(network, inputs, dtype):
+    images, labels = inputs
+    repaired = repair(network.to(dtype), images.to(dtype), labels, CONFIG)
+    assert all(0 <= neuron.mask <= 1 for neuron in repaired.neurons) and repaired.neurons[0].mask < 1
+    assert next(repaired.network.parameters()).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.zeros(4).long(), "images are torch.uint8"),
+        (torch.zeros(4, 3, 32, 32), torch.zeros(4, dtype=torch.int32), "labels are torch.int32"),
+        (torch.zeros(4, 3, 32, 32), torch.zeros(4, 10).long(), "expected int64"),
+        (torch.zeros(4, 3, 32, 32), torch.full((4,), -100), "0 or more"),
+        (torch.zeros(4, 3, 32, 32), torch.zeros(5).long(), "4 images and 5 labels"),
+        (torch.full((4, 3, 32, 32), torch.nan), torch.zeros(4).long(), "NaN"),
+    ],
+)
+def test_inputs_that_mean_nothing(network, images, labels, message):
+    with pytest.raises(ValueError, match=message):
+        repair(network, images, labels, CONFIG)
+
+
+def test_settings_that_contradict_or_drop_iterations(network, inputs):
+    with pytest.raises(ValueError, match="choose one of threshold"):
+        ChoiceConfig(threshold=0.1, number=2)
+    with pytest.raises(
+        ValueError, match=r"AnpConfig.precision = torch.int8: choose from torch.float32, torch.bfloat16"
+    ):
+        AnpConfig(precision=torch.int8)
+    with pytest.raises(ValueError, match="progress passed on 0 of 4 iterations"):
+        repair(network, *inputs, CONFIG, progress=lambda steps: [])

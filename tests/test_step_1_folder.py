@@ -86,3 +86,23 @@ def test_a_card_that_names_an_unknown_network(tmp_path, capsys):
     assert optimize.main(["--checkpoint", str(tmp_path / "m.th"), "--output-dir", str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
     assert "m.json: arch = 'densenet': choose from resnet18" in error and error.count("\n") == 1
+
+
+def export(place, out, *flags):
+    return train.main([*COMMON, *flags, "--export-poisoned", str(place), "--output-dir", str(out)])
+
+
+def test_a_set_that_is_there_is_known_by_its_pixels_and_its_trigger(tmp_path, capsys):
+    """The table says which images were poisoned, not how."""
+    place = tmp_path / "set"
+    assert export(place, tmp_path / "first") == 0
+    before = {path: path.read_bytes() for path in place.rglob("*.*")}
+    assert export(place, tmp_path / "again") == 0, "the same set may be there"
+    for number, flags in enumerate((["--poison-type", "blend"], ["--trigger-alpha", "0.3"])):
+        capsys.readouterr()
+        assert export(place, tmp_path / str(number), *flags) == 1
+        assert "another set is there" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in place.rglob("*.*")}
+    next(place.glob("*/*.png")).unlink()
+    assert export(place, tmp_path / "incomplete") == 1
+    assert "another set is there" in capsys.readouterr().err

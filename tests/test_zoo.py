@@ -9,6 +9,7 @@ import torch
 from benchmarks import zoo
 from formats.cards import card_path, read_card, save_with_card
 from formats.checkpoints import read_state_dict
+from formats.mask_file import check_source, read_masks
 
 ROOT = Path(__file__).parents[1]
 NETWORKS = sorted(path.parent for path in ROOT.glob("zoo/*/last_model.th"))
@@ -62,6 +63,15 @@ def test_every_network_is_complete_and_small(folder):
     assert (folder / "trigger_info.th").exists() == attacked == ("attack_success_rate" in card["metrics"])
     assert card["widen_factor"] == 0.25 and card["epochs"] >= 14 and card["split"]["file"] is None
     assert sum(path.stat().st_size for path in folder.iterdir()) < 2_000_000
+
+
+def test_masks_of_the_zoo_belong_to_its_networks():
+    files = list(ROOT.glob("zoo/*/mask_values.txt"))
+    assert files
+    for path in files:
+        network, card = zoo.read_network(path.parent)
+        check_source(path, card["sha256"])
+        assert len(read_masks(path, network)) == 1200
 
 
 @pytest.mark.real_data
