@@ -209,10 +209,10 @@ def a_trained_network_is_there(folder):
     return ["--output-dir", str(folder)]
 
 
-@fault(prune, "--checkpoint .*repaired_model.th would be overwritten")
-def the_checkpoint_is_a_link_in_the_place_of_what_step_3_writes(folder):
-    (folder / "repaired_model.th").symlink_to("last_model.th")
-    return ["--output-dir", str(folder), "--checkpoint", f"{folder}/repaired_model.th", "--overwrite"]
+@fault(prune, "--mask-file .*pruning_by_threshold.txt would be overwritten")
+def the_masks_are_a_link_in_the_place_of_what_step_3_writes(folder):
+    (folder / "pruning_by_threshold.txt").symlink_to("mask_values.txt")
+    return ["--output-dir", str(folder), "--mask-file", f"{folder}/pruning_by_threshold.txt", "--overwrite"]
 
 
 @fault(optimize, "--checkpoint .*mask_values.th would be overwritten")
