@@ -15,18 +15,18 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     prepare_process()
 
 import argparse
-import tempfile
 from functools import partial
-from pathlib import Path
 
 from data.datasets import FolderConfig
-from engine.evaluation import Evaluator, NotFinite
+from engine.drive import UNTRAINED_REMEDY
+from engine.evaluation import EVALUATION_BATCH, Evaluator, NotFinite
+from engine.memory import check_step, pruning_bytes
 from engine.runtime import RuntimeConfig, prepare_runtime
 from formats.network import add_network_flags, load_network
 from utils.config import add_flags, from_flags, make_parser
 from utils.console import announce, leave
 from utils.errors import InputError
-from utils.run import guard
+from utils.guard import guard
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -44,17 +44,18 @@ def evaluate(args: argparse.Namespace) -> None:
     announce(f"computing on {runtime}")
     loaded = load_network(args, from_flags(FolderConfig, args).data_dir, runtime)
     test = loaded.dataset.test
+    check_step(pruning_bytes, loaded.build, EVALUATION_BATCH, runtime, test)
     measure = Evaluator(test, loaded.trigger, loaded.normalization, runtime.precision, robust=True)
     try:
         announce(str(measure(loaded.network)))
     except NotFinite as error:
-        raise InputError(f"{error}; look at --mean and --std, and at the checkpoint") from error
+        raise InputError(f"{error}; {UNTRAINED_REMEDY}") from error
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure a network; returns the exit status."""
     args = build_parser().parse_args(argv)
-    return guard(partial(evaluate, args), "evaluate", Path(tempfile.gettempdir()))
+    return guard(partial(evaluate, args), "evaluate")
 
 
 if __name__ == "__main__":

@@ -25,11 +25,11 @@ from defenses.pruning import PAPER_THRESHOLD
 from engine.drive import drive
 from engine.evaluation import is_guessing
 from engine.memory import check_step, masking_bytes
-from engine.runtime import RuntimeConfig, begin
+from engine.runtime import RuntimeConfig, choose_runtime
 from formats.mask_file import write_masks
 from formats.outputs import OUTPUTS
 from formats.plots import plot_masks
-from formats.subject import Subject, add_subject_flags, builder_of, load_subject
+from formats.subject import Subject, add_subject_flags, builder_of, load_subject, remember
 from utils.config import Config, Range, add_flags, add_output_flags, from_flags, make_parser, setting
 from utils.console import announce, leave
 from utils.errors import InputError
@@ -72,9 +72,9 @@ def refuse_useless(rows: list[dict], subject: Subject) -> None:
 
 def optimize(args: argparse.Namespace, run: Run) -> None:
     """Carry out step 2 in the run's folder."""
-    runtime = begin(from_flags(RuntimeConfig, args), run)
+    runtime = choose_runtime(from_flags(RuntimeConfig, args), run)
     subject, evaluator = load_subject(args, runtime)
-    run.rely_on({name: subject.card[name] for name in ("arch", "widen_factor", "dataset", "normalization")})
+    remember(run, subject)
     config = from_flags(AnpConfig, args, precision=runtime.precision)
     check_step(masking_bytes, builder_of(subject), config.batch_size, runtime, subject.clean)
     loop = MaskLoop(subject, config, args.print_every)

@@ -25,14 +25,14 @@ from defenses.pruning import Choice, ChoiceConfig, SweepConfig, choose
 from engine.drive import drive
 from engine.evaluation import EVALUATION_BATCH, Report, is_guessing
 from engine.memory import check_step, pruning_bytes
-from engine.runtime import RuntimeConfig, begin
+from engine.runtime import RuntimeConfig, choose_runtime
 from engine.sweep import SweepLoop
 from formats.cards import save_with_card
 from formats.mask_file import check_source, read_masks
 from formats.outputs import OUTPUTS
 from formats.plots import plot_sweep
 from formats.pruning_file import write_sweep
-from formats.subject import Subject, add_subject_flags, builder_of, load_subject
+from formats.subject import Subject, add_subject_flags, builder_of, load_subject, remember
 from models.neurons import pruned_copy, sort_neurons
 from utils.config import (
     Config,
@@ -107,14 +107,14 @@ def warn_of_ruin(subject: Subject, before: Report, after: Report) -> None:
 
 def prune(args: argparse.Namespace, run: Run) -> None:
     """Carry out step 3 in the run's folder."""
-    runtime = begin(from_flags(RuntimeConfig, args), run)
+    runtime = choose_runtime(from_flags(RuntimeConfig, args), run)
     subject, evaluator = load_subject(args, runtime, args.batch_size)
-    run.rely_on({name: subject.card[name] for name in ("arch", "widen_factor", "dataset", "normalization")})
+    remember(run, subject)
     check_source(args.mask_file, subject.card["repaired_from"]["sha256"])
     neurons = sort_neurons(read_masks(args.mask_file, subject.network))
     if (args.number or 0) > len(neurons):
         raise InputError(f"--number {args.number}: the network has {len(neurons)} neurons")
-    check_step(pruning_bytes, builder_of(subject), args.batch_size, runtime, subject.clean)
+    check_step(pruning_bytes, builder_of(subject), min(args.batch_size, evaluator.largest), runtime, subject.clean)
     points = from_flags(SweepConfig, args).points(neurons)
     if not points:
         raise InputError(f"--pruning-step {args.pruning_step:g}: the network has {len(neurons)} neurons")

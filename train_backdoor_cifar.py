@@ -32,7 +32,7 @@ from data.datasets import DataConfig, SourceConfig, load_dataset
 from data.split import attacker_index, load_permutation, permutation_digest
 from engine.drive import drive
 from engine.memory import check_step, training_bytes
-from engine.runtime import Runtime, RuntimeConfig, begin
+from engine.runtime import Runtime, RuntimeConfig, choose_runtime
 from engine.training import TrainConfig, measure_of
 from formats.cards import save_with_card
 from formats.outputs import OUTPUTS
@@ -93,7 +93,7 @@ def train(args: argparse.Namespace, attack: Attack, config: TrainConfig, run: Ru
     """Carry out step 1 in the run's folder."""
     if args.export_poisoned:
         refuse_other_files(Path(args.export_poisoned))
-    runtime = begin(from_flags(RuntimeConfig, args), run)
+    runtime = choose_runtime(from_flags(RuntimeConfig, args), run)
     workspace = open_workspace(args, run, runtime)
     dataset, model = workspace.dataset, workspace.model
     build = partial(build_model, model.arch, dataset.num_classes, model.widen_factor)
@@ -113,7 +113,7 @@ def train(args: argparse.Namespace, attack: Attack, config: TrainConfig, run: Ru
     measure = measure_of(loop, poisoned.trigger, dataset, runtime.precision)  # refuses a trigger that does not fit
     data_index = workspace.data_index(poisoned)
     if not run.saved:
-        run.begin()
+        run.clear()
         save_with_card(run.folder / "model_init.th", network.state_dict(), {**card, "epochs": 0})
     write_trigger(run.folder, poisoned.trigger, dataset, data_index)
     for row, report in drive(run, loop, measure):

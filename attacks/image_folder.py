@@ -61,6 +61,7 @@ def export_poisoned(workspace: Workspace, poisoned: PoisonedSet, folder: Path) -
     rows = list(_rows(workspace, poisoned))
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([COLUMNS, *rows])
+    folder = folder.absolute()
     refuse_other_files(folder)
     names = [row[0] for row in rows]
     recipe = {"sha256": _digest(text.getvalue(), poisoned)}
@@ -112,7 +113,7 @@ def _write_pictures(folder: Path, names: list[str], images: Tensor) -> Iterator[
         (folder / name).parent.mkdir(exist_ok=True)
         buffer = io.BytesIO()
         Image.fromarray(image.numpy()).save(buffer, format="png")
-        (folder / name).write_bytes(buffer.getvalue())
+        write_bytes(folder / name, buffer.getvalue())
         yield name
 
 

@@ -218,7 +218,7 @@ def _step(loss: Tensor, *optimizers: torch.optim.Optimizer) -> None:
 class InputAwareTrainConfig(TrainConfig):
     """The published length; its milestones are fixed in proportion to it, and so no flag."""
 
-    epochs: int = setting(600, "epochs", Range(1), flag="--epoch")
+    epochs: int = setting(600, "epochs", Range(1, 1e6), flag="--epoch")
     lr: float = setting(0.01, "learning rate; the peak of one-cycle", Range(0, open_low=True))
     milestones: tuple[float, ...] = ()
 

@@ -20,13 +20,15 @@ from data.datasets import ImageSet, Normalization, load_dataset
 from engine.evaluation import Evaluator
 from formats.cards import read_card, save_with_card
 from formats.checkpoints import load_strictly, read_state_dict
+from formats.network import build_network
 from formats.trigger_file import load_trigger
-from models import build_model
 from utils.config import make_parser
-from utils.console import announce, complain
+from utils.console import announce
 from utils.errors import InputError
+from utils.guard import guard
 
 WEIGHTS, TRIGGER = "last_model.th", "trigger_info.th"
+NEEDED = {"arch", "widen_factor", "num_classes", "dataset", "normalization", "metrics"}  # of a card
 TOLERANCE = 0.05  # percentage points between a card and what is measured: a few images, by another processor
 
 
@@ -37,15 +39,16 @@ def read_network(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
         InputError: the file or its card is missing, damaged, or they do not go together.
     """
     card = read_card(folder / WEIGHTS)
-    if card is None:
-        raise InputError(f"{folder / WEIGHTS}: no card beside it; step 1 writes one")
-    network = build_model(card["arch"], card["num_classes"], card["widen_factor"])
-    load_strictly(network, read_state_dict(folder / WEIGHTS), folder / WEIGHTS)
-    return network.eval(), card
+    missing = NEEDED - (card or {}).keys()
+    if card is None or missing:
+        what = f"its card has no {min(missing)}" if card else "no card beside it"
+        raise InputError(f"{folder / WEIGHTS}: {what}; step 1 writes one")
+    path, state_dict = str(folder / WEIGHTS), read_state_dict(folder / WEIGHTS)
+    return build_network(path, state_dict, card["arch"], card["widen_factor"], card["num_classes"]), card
 
 
 def measure(folder: Path, network: nn.Module, card: dict[str, Any], test: ImageSet) -> dict[str, float]:
-    """Return C-Acc and, where there is a trigger, ASR in percent, computed in float32."""
+    """Return C-Acc and, where there is a trigger, ASR in percent, computed in float32; raises as ``load_trigger``."""
     path = folder / TRIGGER
     trigger = load_trigger(path, test.num_classes) if path.exists() else None
     normalization = Normalization(**{name: tuple(value) for name, value in card["normalization"].items()})
@@ -56,9 +59,11 @@ def add(source: Path, target: Path, data_dir: str) -> None:
     """Copy a network into the zoo in half precision.
 
     Raises:
-        InputError: the run is not complete, or its network does not survive the rounding.
+        InputError: there is no network with a card, it does not survive the rounding, or the folder is there already.
         OSError: the folder cannot be written.
     """
+    if target.exists():
+        raise InputError(f"{target} is there already; remove it or choose another")
     network, card = read_network(source)
     state = {name: t.half() if t.is_floating_point() else t for name, t in network.state_dict().items()}
     load_strictly(network, state, source / WEIGHTS)
@@ -75,13 +80,14 @@ def add(source: Path, target: Path, data_dir: str) -> None:
 
 
 def check(folder: Path, data_dir: str) -> bool:
-    """Measure a network again; returns whether its card says the same."""
+    """Measure a network again; returns whether its card says the same. Raises as ``read_network`` and ``measure``."""
     network, card = read_network(folder)
     test = load_dataset(card["dataset"], data_dir).test
     found = measure(folder, network, card, test)
-    differences = {name: value for name, value in found.items() if abs(value - card["metrics"][name]) > TOLERANCE}
-    announce(f"{folder}: {found}" + (f", but the card says {card['metrics']}" if differences else ""))
-    return not differences
+    said = card["metrics"]
+    same = found.keys() == said.keys() and all(abs(found[name] - said[name]) <= TOLERANCE for name in found)
+    announce(f"{folder}: {found}" + ("" if same else f", but the card says {said}"))
+    return same
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -101,15 +107,15 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     args = build_parser().parse_args(argv)
-    try:
+    right: list[bool] = []
+
+    def work() -> None:
         if args.action == "add":
             add(args.source, args.target, args.data_dir)
-            return 0
-        right = [check(folder, args.data_dir) for folder in args.folders]  # every one, also after one that differs
-        return 0 if all(right) else 1
-    except (InputError, OSError) as error:
-        complain(f"zoo: error: {error}")
-        return 1
+        else:
+            right.extend(check(folder, args.data_dir) for folder in args.folders)
+
+    return guard(work, "zoo") or int(not all(right))
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ class AnpConfig(Config):
     """
 
     lr: float = setting(0.2, "learning rate of the masks", Range(0, open_low=True))
-    iterations: int = setting(2000, "mask updates", Range(1), flag="--nb-iter")
+    iterations: int = setting(2000, "mask updates", Range(1, 1e9), flag="--nb-iter")
     batch_size: int = setting(128, "images in a batch, drawn with replacement", Range(2, 100_000))
     eps: float = setting(
         0.4,
@@ -63,7 +63,7 @@ class AnpConfig(Config):
         Range(0),
         flag="--anp-eps",
     )
-    steps: int = setting(1, "ascent steps of the perturbation", Range(1), flag="--anp-steps")
+    steps: int = setting(1, "ascent steps of the perturbation", Range(1, 1e9), flag="--anp-steps")
     alpha: float = setting(0.2, "weight of the natural loss", Range(0, 1), flag="--anp-alpha")
     project: bool = setting(
         False,

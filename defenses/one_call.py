@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from defenses.anp import AnpConfig, Transform, optimize_masks
 from defenses.pruning import LAST_THRESHOLD, THRESHOLD_STEP, Choice, ChoiceConfig, choose, threshold_points
+from engine.sweep import SweepLoop
 from models.neurons import Neuron, PruningPoint, mask_values, pruned_copy, sort_neurons
 from models.noisy_batchnorm import convert_noisy_batchnorm
 
@@ -80,8 +81,9 @@ def repair(
     if done != config.iterations:
         raise ValueError(f"progress passed on {done} of {config.iterations} iterations")
     neurons = sort_neurons(mask_values(noisy))
-    points = [PruningPoint(0, None, None), *threshold_points(neurons, LAST_THRESHOLD, THRESHOLD_STEP)]
-    accuracies = [accuracy(pruned_copy(network, neurons[: point.count]), images, labels) for point in points]
-    chosen = choose(neurons, points, accuracies, choice or ChoiceConfig())
+    points = threshold_points(neurons, LAST_THRESHOLD, THRESHOLD_STEP)
+    sweep = SweepLoop(network, neurons, points, lambda pruned: accuracy(pruned, images, labels))
+    accuracies = [row.report for row in sweep.steps()]
+    chosen = choose(neurons, sweep.points, accuracies, choice or ChoiceConfig())
     repaired = pruned_copy(network, neurons[: chosen.point.count]).eval()
-    return Repaired(repaired, neurons, points, accuracies, chosen)
+    return Repaired(repaired, neurons, sweep.points, accuracies, chosen)

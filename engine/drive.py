@@ -77,6 +77,8 @@ class Means:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to what ``state_dict`` returned."""
+        if type(state["weight"]) is not int:
+            raise TypeError(f"a weight is {state['weight']!r}")
         self.sums.copy_(state["sums"])
         self.weight = state["weight"]
 
@@ -104,7 +106,7 @@ def drive(run: Run, loop: Loop, measure: Callable[[], Report | None]) -> Iterato
             logged = run.saved["logged"]
             if type(loop.done) is not int or not 0 <= loop.done <= loop.total:
                 raise ValueError(f"{loop.done} of {loop.total} steps are done")
-    run.begin()
+    run.clear()
     log = run.table(loop.columns)
     run.snapshot = lambda: {"loop": loop.state_dict(), "logged": logged}
 

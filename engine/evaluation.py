@@ -185,6 +185,11 @@ class Evaluator:
             self.sets["robust"] = replace(self.sets["triggered"], labels=true)
         self.normalization, self.precision, self.batch_size = normalization, precision, batch_size
 
+    @property
+    def largest(self) -> int:
+        """Images of the largest set."""
+        return max(len(images) for images in self.sets.values() if images)
+
     def __call__(self, network: nn.Module) -> Report:
         """Measure one network on every set that is known.
 

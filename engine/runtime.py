@@ -12,10 +12,11 @@ import torch
 
 from utils.config import Config, Range, setting
 from utils.console import announce
-from utils.errors import InputError
+from utils.errors import InputError, quote
 from utils.machine import Cpus, allowed_cpus, find_cpus
 from utils.run import Run, read_as_state
 
+DEVICES = r"auto|cpu|cuda(:\d{1,2})?"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PYTORCH_THREADS = torch.get_num_threads()  # what it would take: OMP_NUM_THREADS, or one thread a core
 
@@ -26,7 +27,7 @@ def device_name(text: str) -> str:
     Raises:
         argparse.ArgumentTypeError: the text is anything else.
     """
-    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,2})?", text):
+    if not re.fullmatch(DEVICES, text):
         raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu, cuda, cuda:N")
     return text
 
@@ -118,24 +119,32 @@ def prepare_runtime(config: RuntimeConfig, began_with: dict[str, Any] | None = N
     return Runtime(device, PRECISIONS[precision], threads, cpus)
 
 
-def begin(config: RuntimeConfig, run: Run) -> Runtime:
+def choose_runtime(config: RuntimeConfig, run: Run) -> Runtime:
     """Choose how a run computes, or goes on to compute, say so, and let the run remember it.
 
     Raises:
         InputError: as ``prepare_runtime``.
     """
     with read_as_state(run.state_path):
-        runtime = prepare_runtime(config, run.began_with)
+        _continued(config, run.began_with or {})
+    runtime = prepare_runtime(config, run.began_with)
     run.rely_on(runtime.facts())
     announce(f"computing on {runtime}")
     return runtime
 
 
 def _continued(config: RuntimeConfig, facts: dict[str, Any]) -> RuntimeConfig:
-    """Fill in what a run began with where the user asked for nothing."""
+    """Fill in what a run began with where the user asked for nothing.
+
+    Raises:
+        InputError: the user asked for something else.
+        ValueError, TypeError: what it began with means nothing.
+    """
     before = {name: facts[name] for name in ("device", "precision", "threads") if name in facts}
     if "precision" in before:
         before["precision"] = _flag_of(before["precision"])
+    if not re.fullmatch(DEVICES, before.get("device", "cpu")):
+        raise ValueError(f"device {quote(before['device'])}")
     for name, old in before.items():
         given = getattr(config, name)
         if given not in (None, "auto", old) and (given, old) != ("cuda", "cuda:0"):

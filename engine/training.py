@@ -44,7 +44,7 @@ class TrainConfig(Config):
         ValueError: a value is out of its range.
     """
 
-    epochs: int = setting(200, "epochs", Range(1), flag="--epoch")
+    epochs: int = setting(200, "epochs", Range(1, 1e6), flag="--epoch")
     batch_size: int = setting(128, "images in a batch", Range(2, 100_000))
     lr: float = setting(0.1, "learning rate; the peak of one-cycle", Range(0, open_low=True))
     lr_schedule: str = setting(

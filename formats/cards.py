@@ -10,15 +10,9 @@ from typing import Any
 from data.datasets import MEANS, STDS
 from utils.config import Range
 from utils.errors import InputError, quote
-from utils.files import as_json, as_torch, read_json, sha256_of, write_together
+from utils.files import as_json, as_torch, card_path, read_json, sha256_of, write_together
 
 CARD_VERSION = 1
-
-
-def card_path(checkpoint: str | Path) -> Path:
-    """Return where a checkpoint's card lies: the same name, ending in .json (in .json.json where it does itself)."""
-    path = Path(checkpoint)
-    return path.with_suffix(".json.json" if path.suffix == ".json" else ".json")
 
 
 def write_with_card(path: str | Path, content: bytes, card: dict[str, Any]) -> None:

@@ -80,8 +80,7 @@ def load_strictly(network: nn.Module, state_dict: dict[str, Tensor], path: str |
         )
     for name, tensor in state_dict.items():
         _check_values(name, tensor, own[name], path)
-    if not any(tensor.is_meta for tensor in own.values()):
-        network.load_state_dict(state_dict)
+    network.load_state_dict(state_dict)
 
 
 def is_dense(tensor: Tensor) -> bool:

@@ -12,13 +12,14 @@ from data.datasets import MEANS, STDS, DataConfig, Dataset, ImageSet, Normalizat
 from data.triggers import Trigger, count_unchanged, triggered_test_set
 from engine.memory import check_memory, on_meta, parameter_bytes
 from engine.runtime import Runtime
-from formats.cards import card_path, read_card
+from formats.cards import read_card
 from formats.checkpoints import load_strictly, read_state_dict
 from formats.trigger_file import load_trigger
 from models import ARCHITECTURES, ModelConfig, build_model
 from utils.config import Config, InputFile, add_flags, from_flags, given_flags, required, setting
 from utils.console import announce
 from utils.errors import InputError, quote
+from utils.files import card_path
 
 C = TypeVar("C", bound=Config)
 
@@ -65,6 +66,10 @@ class Loaded:
     normalization: Normalization
     trigger: Trigger | None
     card: dict[str, Any]
+
+    def build(self) -> nn.Module:
+        """Build the network anew, with other weights."""
+        return build_model(self.model.arch, self.dataset.num_classes, self.model.widen_factor)
 
 
 def add_network_flags(parser: argparse.ArgumentParser) -> None:

@@ -54,9 +54,11 @@ def _environment(**variables: str) -> Iterator[None]:
     """Set variables of the environment in the block."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
-    yield
-    for name, value in before.items():
-        os.environ.pop(name) if value is None else os.environ.update({name: value})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def _matplotlib() -> Any:

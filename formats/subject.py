@@ -21,6 +21,7 @@ from utils.config import Config, Range, add_flags, from_flags, setting
 from utils.console import announce
 from utils.errors import InputError, quote
 from utils.files import sha256_of
+from utils.run import Run
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,11 @@ def load_subject(
     images = sum(len(each) for each in evaluator.sets.values() if each)
     announce(f"{len(clean)} clean images of {dataset.name}; every row measures {images} images")
     return subject, evaluator
+
+
+def remember(run: Run, subject: Subject) -> None:
+    """Let a run remember what flags, card and defaults together said; raises ``InputError`` as ``Run.rely_on``."""
+    run.rely_on({name: subject.card[name] for name in ("arch", "widen_factor", "dataset", "normalization")})
 
 
 def builder_of(subject: Subject) -> Callable[[], nn.Module]:

@@ -14,7 +14,8 @@ from utils.files import load_torch, save_torch
 
 KEYS = ("trigger_pattern", "trigger_mask", "trigger_alpha", "poison_target", "data_index")
 ORDERED = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float32, torch.float64)
-LARGEST = 2**29  # numbers in one entry: a trigger for each of 10,000 images of 128x128 fits
+LARGEST = {"trigger_pattern": 2**28, "trigger_mask": 2**28, "data_index": 2**24}  # numbers; others have 1 an image
+ENTRIES = 2**20
 MODE = "trigger_mode"  # ours, and only in files of triggers that are added; the release's all blend
 
 
@@ -41,7 +42,7 @@ def _numbers(content: dict, key: str, path: str | Path, low: float, high: float)
         value = value.detach() if isinstance(value, Tensor) else torch.from_numpy(np.asarray(value))
         if not is_dense(value):
             raise TypeError(f"{value.layout} {value.dtype}")
-        if value.numel() > LARGEST:
+        if value.numel() > LARGEST.get(key, ENTRIES):
             raise ValueError(f"{value.numel()} numbers")
         value = value if value.dtype in ORDERED else value.double()
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:

@@ -837,7 +837,7 @@ MUTATIONS = [
         "utils/run.py",
         (
             "run: results replaced without --overwrite",
-            "if not (self.saved or self.overwriting or self.finished_before):",
+            "if not (self.saved or self.overwriting or self.complete_before):",
             "if False:",
             "test_faults.py -k are_there",
         ),
@@ -857,8 +857,8 @@ MUTATIONS = [
         ),
         (
             "run: cleared before a full disk is noticed",
-            "older = set(self._there(patterns)) - {self._log_path}",
-            "older = set(self._there(patterns)) - {self._log_path}; [path.unlink() for path in older]; older = set()",
+            "older = [path for path in self._there(patterns) if path != self._log_path]",
+            "older = [path.unlink() for path in self._there(patterns) if path != self._log_path][:0]",
             "test_faults.py -k full_disk",
         ),
         (
@@ -869,9 +869,18 @@ MUTATIONS = [
         ),
         ("run: torn state saved", "if not error.at_once:", "if True:", "test_faults.py -k second_signal"),
         (
+            "run: a damaged state is a bug",
+            "(LookupError, TypeError, ValueError, AttributeError, RuntimeError)",
+            "(ZeroDivisionError,)",
+            "test_faults.py -k edited",
+        ),
+    ),
+    *_of(
+        "utils/identity.py",
+        (
             "run: files compared by their names",
-            "if name not in FACT_OPTIONS and name not in files}",
-            "if name not in FACT_OPTIONS}",
+            "- files[0].keys() - files[1].keys()",
+            "",
             "test_faults.py -k may_differ",
         ),
         (
@@ -880,12 +889,9 @@ MUTATIONS = [
             "old = new = files[0].get(name)",
             "test_scripts.py -k replaced_checkpoint",
         ),
-        (
-            "run: a damaged state is a bug",
-            "(LookupError, TypeError, ValueError, AttributeError, RuntimeError)",
-            "(ZeroDivisionError,)",
-            "test_faults.py -k edited",
-        ),
+    ),
+    *_of(
+        "utils/guard.py",
         (
             "run: memory is a bug",
             "if complaint := as_one_line(error):",
@@ -1005,7 +1011,12 @@ MUTATIONS = [
             "if False:",
             "test_faults.py -k trigger_without",
         ),
-        ("triggers: any size", "if value.numel() > LARGEST:", "if False:", "test_faults.py -k gigabytes"),
+        (
+            "triggers: any size",
+            "if value.numel() > LARGEST.get(key, ENTRIES):",
+            "if False:",
+            "test_faults.py -k gigabytes",
+        ),
     ),
 ]
 

@@ -227,7 +227,7 @@ def a_file_as_output_folder(folder):
     return ["--output-dir", written(folder / "file.txt", "")]
 
 
-@fault(train, "last_model.th is there already")
+@fault(train, "a complete run is here, but --seed is 5 but was 0 before; --overwrite starts again")
 def resume_where_another_run_has_ended(folder):
     return ["--output-dir", str(folder), "--seed", "5", "--resume"]
 
@@ -288,6 +288,31 @@ def a_pipe_as_recipe(folder):
     flags = clean_label(folder, lambda path: np.save(path, np.zeros((600, 32, 32, 3), np.uint8)))
     pipe(folder / "set" / RECIPE)
     return flags
+
+
+@fault(optimize, "is a folder, expected a file")
+def the_root_as_checkpoint(folder):
+    return ["--checkpoint", "/"]
+
+
+@fault(optimize, "it is a damaged zip archive")
+def a_zip_archive_with_a_broken_directory(folder):
+    content = bytearray((folder / "last_model.th").read_bytes())
+    place = content.rindex(b"PK\x01\x02")
+    content[place : place + 4] = b"PKxx"
+    return ["--checkpoint", written(folder / "broken.th", bytes(content))]
+
+
+@fault(prune, "MB, expected 16000 MB at most")
+def masks_of_terabytes(folder):
+    with (folder.parent / "large.txt").open("wb") as file:
+        file.truncate(10**12)
+    return ["--mask-file", f"{folder.parent}/large.txt"]
+
+
+@fault(optimize, "poison_target is no array of numbers")
+def a_target_that_repeats_itself_to_gigabytes(folder):
+    return edit_trigger(folder, poison_target=torch.zeros(1, dtype=torch.float64).expand(2**28))
 
 
 @fault(optimize, "is a folder, expected a file")
@@ -650,6 +675,7 @@ EDITS = {
     "an iteration that never ends": having(-(10**12), "loop", "iteration"),
     "an iteration past the end": having(10**12, "loop", "iteration"),
     "half an iteration": having(1.5, "loop", "iteration"),
+    "a weight of text": having("x", "loop", "means", "weight"),
     "seconds of text": having("long", "seconds"),
     "rows that are a text": having("rows", "rows"),
     "rows of numbers": having([1, 2], "rows"),
@@ -688,10 +714,10 @@ def test_what_does_not_matter_may_differ_when_a_run_is_resumed(flags, folder, mo
     ("flags", "message"),
     [
         (["--threads", "7"], "--threads is 7 but was [12] in the run to resume; leave it out to go on with [12]"),
-        (["--lr", "0.3"], "--lr is 0.3 but was 0.2 in the run to resume"),
+        (["--lr", "0.3"], "--lr is 0.3 but was 0.2 before, in the run to resume"),
         (["--std", "0.2", "0.2", "0.2"], "--std .* contradicts the card"),
-        (["--split-file", "SPLIT"], "--split-file is given, unlike in the run to resume"),
-        (["--anp-project"], "--anp-project is True but was False in the run to resume"),
+        (["--split-file", "SPLIT"], "--split-file is given, unlike before, in the run to resume"),
+        (["--anp-project"], "--anp-project is True but was False before, in the run"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -845,6 +871,7 @@ def test_a_full_disk_is_named_and_takes_nothing_along(script, folder, monkeypatc
         (["--checkpont", "x"], r"unrecognized arguments: --checkpont x \(did you mean --checkpoint\?\)"),
         (["--std", "1e-300", "1", "1"], "out of range"),
         (["--anp-eps", ESCAPE], r"invalid number value: '\\x1b\[31m'"),
+        (["--nb-iter", "9" * 400], "out of range"),
         (["--lr", "inf"], r"argument --lr: inf is out of range: it must be above 0; --help"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -965,7 +992,7 @@ def test_too_little_memory_is_one_line(error, folder, monkeypatch, capsys):
     monkeypatch.setattr(optimize, "plot_masks", broken)
     capsys.readouterr()
     assert optimize.main(base(optimize, folder)) == 1
-    assert "out of memory; lower --batch-size" in one_line(capsys.readouterr().err)
+    assert "out of memory; smaller batches" in one_line(capsys.readouterr().err)
 
 
 # ---- signals and streams

@@ -10,14 +10,14 @@ import torch
 
 from data.triggers import Trigger
 from engine.evaluation import Metrics, Report
-from formats.cards import card_path, read_card, save_with_card
+from formats.cards import read_card, save_with_card
 from formats.checkpoints import load_strictly, read_state_dict, unwrap
 from formats.mask_file import check_source, read_masks, write_masks
 from formats.pruning_file import write_sweep
 from formats.trigger_file import load_trigger, save_trigger
 from models import Neuron, build_model
 from utils.errors import InputError
-from utils.files import load_torch, save_torch, write_bytes
+from utils.files import card_path, load_torch, save_torch, write_bytes
 
 # ---- hostile and damaged files
 

@@ -446,6 +446,7 @@ def test_the_operating_point_follows_the_defenders_accuracy_alone(
             defender=Metrics(1.0, 0.9 if count <= 240 else 0.1),
         )
 
+    evaluate.largest = 200
     load = prune.load_subject
     monkeypatch.setattr(prune, "load_subject", lambda *given: (load(*given)[0], evaluate))
     assert prune.main([*checkpoint, "--val-frac", "0.1", "--mask-file", str(tmp_path / "masks.txt"), *choice]) == 0
@@ -658,7 +659,7 @@ def test_signal_ends_in_one_line_and_resumes(number, tmp_path, trained, uninterr
     assert state.exists(), "nothing is lost"
     other = run(*arguments("train", trained, tmp_path), "--resume", "--seed", 5)
     _, error = other.communicate()
-    assert other.returncode == 1 and "--seed is 5 but was 0" in error
+    assert other.returncode == 1 and "--seed is 5 but was 0 before" in error
     process = run(*arguments("train", trained, tmp_path), "--resume")
     out, _ = process.communicate()
     assert process.returncode == 0

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from benchmarks import zoo
-from formats.cards import card_path, read_card, save_with_card
+from formats.cards import read_card, save_with_card
 from formats.checkpoints import read_state_dict
 from formats.mask_file import check_source, read_masks
+from utils.files import card_path
 
 ROOT = Path(__file__).parents[1]
 NETWORKS = sorted(path.parent for path in ROOT.glob("zoo/*/last_model.th"))
@@ -49,6 +50,22 @@ def test_a_network_that_overflows_is_not_added(trained, tmp_path, capsys):
     assert zoo.main(["add", str(tmp_path), str(tmp_path / "network")]) == 1
     assert "bn1.running_var holds 8 values that are NaN or infinite" in capsys.readouterr().err
     assert not (tmp_path / "network").exists()
+
+
+def test_a_network_of_the_zoo_is_not_replaced(added, trained, capsys):
+    before = {path: path.read_bytes() for path in added.iterdir()}
+    for source in (trained, added):
+        assert zoo.main(["add", str(source), str(added)]) == 1
+        assert "is there already" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in added.iterdir()}
+
+
+def test_a_card_without_an_entry(added, capsys):
+    card = json.loads(card_path(added / "last_model.th").read_text())
+    del card["arch"]
+    card_path(added / "last_model.th").write_text(json.dumps(card))
+    assert zoo.main(["check", str(added)]) == 1
+    assert "its card has no arch" in capsys.readouterr().err
 
 
 def test_a_folder_without_a_network(tmp_path, capsys):

@@ -39,7 +39,7 @@ class Range:
     def __contains__(self, number: float) -> bool:
         above = self.low < number if self.open_low else self.low <= number
         below = number < self.high if self.open_high else number <= self.high
-        return bool(above and below and math.isfinite(number))
+        return bool(above and below and -math.inf < number < math.inf)
 
     def __str__(self) -> str:
         above = f"above {self.low:g}" if self.open_low else f"{self.low:g} or more"

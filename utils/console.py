@@ -27,28 +27,26 @@ def leave(status: int) -> NoReturn:
 
 
 def announce(message: str) -> None:
-    """Print one line for the reader, beside any progress bar."""
-    _print(message, "stdout")
+    """Print one line for the reader, beside any progress bar; where he has gone, that is an interruption."""
+    if not _print(message, sys.stdout):
+        signal.raise_signal(signal.SIGTERM)
 
 
 def complain(message: str) -> None:
     """Print one line to stderr, beside any progress bar."""
-    _print(message, "stderr")
+    _print(message, sys.stderr)
 
 
-def _print(message: str, name: str) -> None:
+def _print(message: str, stream: TextIO) -> bool:
+    """Print one line; returns whether there is still a reader. What a stream without one holds goes nowhere."""
     from tqdm import tqdm  # not above: a signal during that import would still end in a traceback
 
     try:
-        tqdm.write(printable(message), getattr(sys, name))
-        getattr(sys, name).flush()
+        tqdm.write(printable(message), stream)
+        stream.flush()
     except BrokenPipeError:  # the reader has gone, as with `| head`
-        _abandon(getattr(sys, name))
-        signal.raise_signal(signal.SIGTERM)
-
-
-def _abandon(stream: TextIO) -> None:
-    """Send what a stream still holds, and all that follows, nowhere."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+        return False
+    return True

@@ -42,6 +42,7 @@ _READ_ERRORS = (
 MEGABYTE = 1_000_000
 TEXT_LIMIT = 64 * MEGABYTE  # ten times the masks of the largest network
 JSON_LIMIT = MEGABYTE
+INPUT_LIMIT = 16_000 * MEGABYTE  # of any file; what is larger would be hashed for minutes
 WEIGHTS_ALONE = "its author can save the weights alone: torch.save(model.state_dict(), path)"
 
 
@@ -66,6 +67,12 @@ def check_file(path: str | Path, limit: int | None = None) -> None:
         raise InputError(f"{path}: is {kind}, expected a file")
     if limit is not None and status.st_size > limit:
         raise InputError(f"{path}: {status.st_size / MEGABYTE:.0f} MB, expected {limit // MEGABYTE} MB at most")
+
+
+def card_path(checkpoint: str | Path) -> Path:
+    """Return where a checkpoint's card lies: the same name, ending in .json (in .json.json where it does itself)."""
+    path = Path(checkpoint)
+    return path.with_suffix(".json.json" if path.suffix == ".json" else ".json")
 
 
 def read_text(path: str | Path, limit: int = TEXT_LIMIT) -> str:
@@ -129,7 +136,7 @@ def read_array(path: str | Path, shape: tuple[int, ...], highest: int = 255) -> 
 
 def sha256_of(path: str | Path) -> str:
     """Return the sha256 of a file as hexadecimal digits; raises ``InputError`` where it cannot be read."""
-    check_file(path)
+    check_file(path, INPUT_LIMIT)
     digest = hashlib.sha256()
     try:
         with Path(path).open("rb") as file:
@@ -141,7 +148,7 @@ def sha256_of(path: str | Path) -> str:
 
 
 def sha256_of_folder(folder: str | Path) -> str:
-    """Return the sha256 that names all files of a folder, with their places and their content."""
+    """Return the sha256 of all files of a folder, with their places and their content; raises as ``sha256_of``."""
     digest = hashlib.sha256()
     for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
         digest.update(os.fsencode(path.relative_to(folder)) + f" {sha256_of(path)}\n".encode())
@@ -234,8 +241,11 @@ def _foreign(path: str | Path) -> str | None:
     with Path(path).open("rb") as file:
         start = file.read(200)
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+        except (*_READ_ERRORS, NotImplementedError):
+            return "it is a damaged zip archive"
         return None if any(name.endswith("data.pkl") for name in names) else "it is a zip archive of something else"
     signs = {
         "it is a Git LFS pointer, not the file: git lfs pull": start.startswith(b"version https://git-lfs"),

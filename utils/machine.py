@@ -106,7 +106,4 @@ def as_one_line(error: BaseException) -> str | None:
     if not (on_cpu or isinstance(error, (MemoryError, torch.OutOfMemoryError))):
         return None
     tried = re.search(r"tried to allocate [\d.]+ \w+", text, re.IGNORECASE)
-    return (
-        f"out of memory{f' ({tried[0].lower()})' if tried else ''}; lower --batch-size, or take a narrower network "
-        "(--widen-factor)"
-    )
+    return f"out of memory{f' ({tried[0].lower()})' if tried else ''}; smaller batches or a narrower network need less"

@@ -5,9 +5,7 @@ import os
 import re
 import shlex
 import sys
-import tempfile
 import time
-import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
@@ -22,21 +20,17 @@ import torchvision
 from tqdm import tqdm
 
 from utils import VERSION
-from utils.config import InputFile, InputFolder
-from utils.console import announce, complain
+from utils.console import announce
 from utils.errors import InputError, quote, shorten
-from utils.files import load_torch, save_torch, sha256_of, sha256_of_folder, write_text
+from utils.files import card_path, check_file, load_torch, save_torch
+from utils.guard import guard
+from utils.identity import difference, digests_of, input_files, input_folders, options_of
 from utils.machine import as_one_line
-from utils.signals import EXIT_INTERRUPTED, Interrupted, Signals
+from utils.signals import Interrupted, Signals
 from utils.table import Table, read_table, write_log
 
-EXIT_BAD_INPUT, EXIT_BUG = 1, 70
 STATE_VERSION = 4  # of the resume files
 SAVE_SECONDS = 60.0  # a killed run loses at most this much
-# What may differ between a run and its continuation: it changes no result, or, like the device, stands in the facts.
-FREE_OPTIONS = {"resume", "overwrite", "output_dir", "data_dir", "save_every", "print_every", "export_poisoned"}
-FACT_OPTIONS = {"device", "precision", "threads"}
-CARD_OPTIONS = {"arch", "widen_factor", "dataset", "mean", "std"}
 
 
 @dataclass(frozen=True)
@@ -67,17 +61,8 @@ def versions() -> dict[str, str]:
     }
 
 
-def _plain(value: Any) -> Any:
-    """Return a value of the command line as it is stored in files: plain types, lists for tuples."""
-    return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, str) else value
-
-
 def _fits(name: str, patterns: tuple[str, ...]) -> bool:
     return any(re.fullmatch(pattern, name) for pattern in patterns)
-
-
-def _named(value: Any) -> Any:
-    return "not given" if value is None else value
 
 
 def command_line(script: str, argv: list[str] | None) -> str:
@@ -97,6 +82,8 @@ def read_as_state(path: Path) -> Iterator[None]:
     except InputError:
         raise  # it says more
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if as_one_line(error):
+            raise  # too little memory is no fault of the state
         reason = shorten(str(error).partition("\n")[0])
         raise InputError(f"{path}: not a resume state of this run ({reason}); --overwrite starts again") from error
 
@@ -123,7 +110,7 @@ class Run:
         self.step, self.command, self.outputs = step, command, outputs or Outputs()
         self.folder = Path(arguments.output_dir)
         self.arguments = arguments
-        self.options = {name: _plain(v) for name, v in sorted(vars(arguments).items()) if name not in FREE_OPTIONS}
+        self.options = options_of(arguments)
         self.resuming, self.overwriting = arguments.resume, arguments.overwrite
         self.snapshot: Callable[[], dict] | None = None
         self.saved: dict | None = None
@@ -133,7 +120,7 @@ class Run:
         self._signals = Signals()
         self._seconds_before = 0.0
         self._bar: tqdm | None = None
-        self._begun = False
+        self._cleared = False
 
     def __enter__(self) -> "Run":
         try:
@@ -150,9 +137,9 @@ class Run:
         self._started = self._last_save = time.monotonic()
         try:
             self._protect_inputs()
-            self.options["sha256"] = self._digests()
+            self.options["sha256"] = digests_of(self.arguments)
             self._find_saved()
-            if not (self.saved or self.overwriting or self.finished_before):
+            if not (self.saved or self.overwriting or self.complete_before):
                 self._protect_results()
         except BaseException:
             self._lock.release()
@@ -174,9 +161,6 @@ class Run:
             self._signals.restore()
             self._lock.release()
 
-    def _inputs(self, kind: type) -> dict[str, Path]:
-        return {name: Path(value) for name, value in vars(self.arguments).items() if isinstance(value, kind)}
-
     def _there(self, patterns: tuple[str, ...]) -> list[Path]:
         """Return the files of the folder whose names fit one of the patterns.
 
@@ -194,13 +178,15 @@ class Run:
         output = self.folder.resolve()
         patterns = self.outputs.files + self.outputs.derived
         self._there((*patterns, re.escape(self.state_path.name)))  # no folder among them
-        for name, path in self._inputs(InputFile).items():
-            for each in (path, path.with_suffix(".json")):  # its card goes with it
+        for name, path in input_files(self.arguments).items():
+            if os.path.lexists(path):
+                check_file(path)
+            for each in (path, card_path(path)):  # its card goes with it
                 link = Path(os.path.realpath(each.parent), each.name)
                 places = Path(os.path.realpath(each)), link  # where a link leads, and the link itself
                 if any(place.parent == output and _fits(place.name, patterns) for place in places):
                     self._refuse_input(name, path, "would be overwritten")
-        for name, path in self._inputs(InputFolder).items():
+        for name, path in input_folders(self.arguments).items():
             if path.resolve() in (output, *output.parents):
                 self._refuse_input(name, path, f"holds --output-dir {self.folder}")
 
@@ -217,12 +203,6 @@ class Run:
         if self.resuming:
             announce(f"{self.folder}: nothing to resume here; starting from the beginning")
 
-    def _digests(self) -> dict[str, str]:
-        """Name the files that went in, so that a run is never continued with others of the same name."""
-        files = {name: sha256_of(path) for name, path in self._inputs(InputFile).items() if path.is_file()}
-        folders = self._inputs(InputFolder).items()
-        return files | {name: sha256_of_folder(path) for name, path in folders if path.is_dir()}
-
     def _find_saved(self) -> None:
         if self.overwriting or not os.path.lexists(self.state_path):
             return
@@ -236,7 +216,9 @@ class Run:
             raise InputError(f"{self.state_path}: not a resume state of this version; --overwrite starts again")
         with read_as_state(self.state_path):
             self._check_saved(saved)
-        self._refuse_others(saved["options"])
+            other = difference(saved["options"], self.options)
+        if other:
+            raise InputError(f"{other}, in the run to resume; use the same, or --overwrite to start again")
         self.saved, self._seconds_before = saved, float(saved["seconds"])
 
     @staticmethod
@@ -252,33 +234,6 @@ class Run:
         )
         if not right:
             raise ValueError("an entry has another type")
-
-    def _identity(self, options: dict[str, Any]) -> dict[str, Any]:
-        """Return the options that decide the result: files count by their content, not by their names."""
-        files = options["sha256"]
-        return {name: value for name, value in options.items() if name not in FACT_OPTIONS and name not in files}
-
-    def _refuse_others(self, options: dict[str, Any]) -> None:
-        """Raise ``InputError`` where a run was begun with other options than this one."""
-        before, now = self._identity(options), self._identity(self.options)
-        files = before.pop("sha256"), now.pop("sha256")
-        for name in sorted(files[0].keys() | files[1].keys()):
-            old, new = files[0].get(name), files[1].get(name)
-            if old != new:
-                what = "another file than" if old and new else "given, unlike" if new else "not given, unlike"
-                raise InputError(
-                    f"--{name.replace('_', '-')} is {what} in the run to resume; "
-                    "use the same, or --overwrite to start again"
-                )
-        for name in sorted((before.keys() | now.keys()) - files[0].keys() - files[1].keys()):
-            old, new = before.get(name), now.get(name)
-            if name in CARD_OPTIONS and None in (old, new):
-                continue  # a card may say the same; what came of it stands in the facts
-            if old != new:
-                raise InputError(
-                    f"--{name.replace('_', '-')} is {_named(new)} but was {_named(old)} in the run to resume; "
-                    "use the same, or --overwrite to start again"
-                )
 
     @property
     def began_with(self) -> dict[str, Any] | None:
@@ -300,37 +255,49 @@ class Run:
                 )
 
     @property
-    def finished_before(self) -> bool:
-        """Whether ``--resume`` was asked for a run that is already complete with the same arguments."""
+    def complete_before(self) -> bool:
+        """Whether ``--resume`` was asked for a run that is already complete with the same arguments.
+
+        Raises:
+            InputError: it is complete with others.
+        """
         if not self.resuming or self.saved is not None or not self._log_path.exists():
             return False
         record, _ = read_table(self._log_path)
-        options = record.get("arguments")
-        if any(not (self.folder / name).exists() for name in self.outputs.results):
+        if not record.get("ended") or any(not (self.folder / name).exists() for name in self.outputs.results):
             return False
-        if record.get("ended") is not True or not isinstance(options, dict) or "sha256" not in options:
-            return False
-        return self._identity(options) == self._identity(self.options)
+        try:
+            other = difference(record["arguments"], self.options)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"{self._log_path}: not the log of a run; move it away or use --overwrite") from error
+        if other:
+            raise InputError(f"{self.folder}: a complete run is here, but {other}; --overwrite starts again")
+        return True
 
     @property
     def seconds(self) -> float:
         """Time spent on this run, interruptions not counted."""
         return self._seconds_before + time.monotonic() - self._started
 
-    def begin(self) -> None:
-        """Make sure, once, that nothing older is left to be taken for this run's; a continued run keeps all."""
-        if self.saved or self._begun:
+    def clear(self) -> None:
+        """Make sure, once, that nothing older is left to be taken for this run's; a continued run keeps all.
+
+        Raises:
+            InputError: a folder lies where a file is to be written.
+            OSError: the folder cannot be written or the disk is full; nothing was removed then.
+        """
+        if self.saved or self._cleared:
             return
-        self._begun = True
+        self._cleared = True
         patterns = self.outputs.files + (self.outputs.derived if self.overwriting else ())
-        older = set(self._there(patterns)) - {self._log_path}
+        older = [path for path in self._there(patterns) if path != self._log_path]
         write_log(self._log_path, self._record, [], ended=False)  # first: a full disk shall fail before anything goes
         self.state_path.unlink(missing_ok=True)
-        for path in older:
+        for path in sorted(older, key=lambda path: path.suffix == ".json"):  # no network is ever without its card
             path.unlink()
 
     def table(self, columns: dict[str, str]) -> Table:
-        """Open the log. A resumed run starts with the rows it had."""
+        """Open the log. A resumed run starts with the rows it had; raises ``InputError`` where these are none."""
         with read_as_state(self.state_path):
             self.log = Table(self._log_path, self._record, columns, self.saved["rows"] if self.saved else None)
         return self.log
@@ -384,7 +351,7 @@ class Run:
         save_torch(self.state_path, {**state, **self.snapshot()})
 
     def finish(self) -> None:
-        """Mark the run as complete; the resume state goes."""
+        """Mark the run as complete; the resume state goes. Raises ``OSError`` where the log cannot be written."""
         self.log.write(ended=True)
         self.state_path.unlink(missing_ok=True)
         self.snapshot = None
@@ -400,59 +367,15 @@ def run_script(
         step, arguments, command, outputs: as for ``Run``.
 
     Returns:
-        The exit status: 0, 1 for bad input, a full disk or too little memory, 130 if interrupted, 70 for an error
-        nobody foresaw, whose traceback is then in a file.
+        The exit status, as ``guard``.
     """
 
     def carry_out() -> None:
         with Run(step, arguments, command, outputs) as run:
-            if run.finished_before:
+            if run.complete_before:
                 announce(f"{run.folder}: this run is complete; nothing to resume")
                 return
             work(run)
             run.finish()
 
     return guard(carry_out, step, Path(arguments.output_dir))
-
-
-def guard(work: Callable[[], None], step: str, folder: Path) -> int:
-    """Do some work and turn whatever goes wrong into one line on stderr; the exit status is that of ``run_script``.
-
-    Args:
-        work: what to do.
-        step: named in the line.
-        folder: for the traceback of an error nobody foresaw.
-    """
-    try:
-        work()
-    except InputError as error:
-        return _fail(step, f"error: {error}", EXIT_BAD_INPUT)
-    except OSError as error:
-        return _fail(step, f"error: {error.filename or 'output'}: {error.strerror or error}", EXIT_BAD_INPUT)
-    except (Interrupted, KeyboardInterrupt) as interruption:
-        return _fail(step, f"interrupted; {str(interruption) or 'run the command again'}", EXIT_INTERRUPTED)
-    except Exception as error:  # the last line of defence; nothing is swallowed, the traceback is kept
-        if complaint := as_one_line(error):
-            return _fail(step, f"error: {complaint}", EXIT_BAD_INPUT)
-        place = _keep_traceback(folder, step)
-        reason = f"{type(error).__name__}: {quote(str(error))}"
-        return _fail(step, f"internal error ({reason}); please report it with {place}", EXIT_BUG)
-    return 0
-
-
-def _keep_traceback(folder: Path, step: str) -> Path:
-    """Write the traceback of the exception at hand to a file, in the output folder if that can be written."""
-    for place in (folder, Path(tempfile.gettempdir())):
-        path = place / f"{step}_error.log"
-        try:
-            write_text(path, f"{shlex.join(sys.argv)}\n{versions()}\n{traceback.format_exc()}")
-            return path
-        except OSError:
-            continue
-    traceback.print_exc()  # nowhere to write: better seen than lost
-    return Path("the traceback above")
-
-
-def _fail(step: str, message: str, status: int) -> int:
-    complain(f"{step}: {message}")
-    return status

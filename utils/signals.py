@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 EXIT_INTERRUPTED = 130
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-PATIENCE = 1.0  # seconds after a signal in which more of them mean the same
+PATIENCE = 1.0  # seconds after an interruption in which more signals mean the same
 
 
 class Interrupted(BaseException):

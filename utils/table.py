@@ -40,18 +40,18 @@ class Table:
         return "-" if value is None else format(value, form)
 
     def add(self, row: dict[str, Any]) -> None:
-        """Print a row and write the file anew."""
+        """Print a row and write the file anew; raises ``OSError`` where it cannot be written."""
         self.rows.append(row)
         self._print(row)
         self.write()
 
     def write(self, ended: bool = False) -> None:
-        """Write the JSON-lines file; ``ended`` marks the run as complete."""
+        """Write the JSON-lines file; ``ended`` marks the run as complete. Raises as ``add``."""
         write_log(self.path, self.record, self.rows, ended)
 
 
 def write_log(path: Path, record: dict, rows: list[dict], ended: bool) -> None:
-    """Write a JSON-lines file: the record, which says whether the run has ended, then the rows."""
+    """Write a JSON-lines file: the record, which says whether the run has ended, then the rows; raises ``OSError``."""
     lines = [{"record": {**record, "ended": ended}}, *rows]
     write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
