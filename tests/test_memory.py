@@ -122,7 +122,7 @@ def test_memory_that_ran_out_is_one_line():
     [
         (MemoryError(), "out of memory; smaller batches or a narrower network need less"),
         (
-            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU"),
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
             "allocate 20.00 gib); smaller",
         ),
         (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."), "8 bytes); smaller"),
