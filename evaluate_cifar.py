@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Measure the network and print one line."""
+    """Measure the network and print one line; raises ``InputError`` as ``load_network`` and where it only gives NaN."""
     runtime = prepare_runtime(from_flags(RuntimeConfig, args))
     announce(f"computing on {runtime}")
     loaded = load_network(args, from_flags(FolderConfig, args).data_dir, runtime)

@@ -76,7 +76,7 @@ class Means:
         return {"sums": self.sums, "weight": self.weight}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go back to what ``state_dict`` returned."""
+        """Go back to what ``state_dict`` returned; raises ``TypeError`` and others where this is none."""
         if type(state["weight"]) is not int:
             raise TypeError(f"a weight is {state['weight']!r}")
         self.sums.copy_(state["sums"])
