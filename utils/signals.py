@@ -35,10 +35,10 @@ def ignore_all() -> None:
 
 
 def _handle_all(handler) -> dict:
-    """Install a handler; returns the older ones. Signals that are ignored, as under nohup, stay so."""
+    """Install a handler; returns the older ones. The end of a terminal stays ignored where it is, as under nohup."""
     if threading.current_thread() is not threading.main_thread():
         return {}  # only the main thread may
-    heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    heard = [n for n in SIGNALS if n in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(n) is not signal.SIG_IGN]
     return {number: signal.signal(number, handler) for number in heard}
 
 
