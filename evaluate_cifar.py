@@ -44,7 +44,7 @@ def evaluate(args: argparse.Namespace) -> None:
     announce(f"computing on {runtime}")
     loaded = load_network(args, from_flags(FolderConfig, args).data_dir, runtime)
     test = loaded.dataset.test
-    check_step(pruning_bytes, loaded.build, EVALUATION_BATCH, runtime, test)
+    check_step(pruning_bytes, loaded.network, EVALUATION_BATCH, runtime, test)
     measure = Evaluator(test, loaded.trigger, loaded.normalization, runtime.precision, robust=True)
     try:
         announce(str(measure(loaded.network)))

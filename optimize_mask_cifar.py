@@ -29,7 +29,7 @@ from engine.runtime import RuntimeConfig, choose_runtime
 from formats.mask_file import write_masks
 from formats.outputs import OUTPUTS
 from formats.plots import plot_masks
-from formats.subject import Subject, add_subject_flags, builder_of, load_subject, remember
+from formats.subject import Subject, add_subject_flags, load_subject, remember
 from utils.config import Config, Range, add_flags, add_output_flags, from_flags, make_parser, setting
 from utils.console import announce, leave
 from utils.errors import InputError
@@ -76,7 +76,7 @@ def optimize(args: argparse.Namespace, run: Run) -> None:
     subject, evaluator = load_subject(args, runtime)
     remember(run, subject)
     config = from_flags(AnpConfig, args, precision=runtime.precision)
-    check_step(masking_bytes, builder_of(subject), config.batch_size, runtime, subject.clean)
+    check_step(masking_bytes, subject.network, config.batch_size, runtime, subject.clean)
     loop = MaskLoop(subject, config, args.print_every)
     for _ in drive(run, loop, lambda: evaluator(loop.masked())):
         pass

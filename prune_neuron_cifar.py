@@ -32,7 +32,7 @@ from formats.mask_file import check_source, read_masks
 from formats.outputs import OUTPUTS
 from formats.plots import plot_sweep
 from formats.pruning_file import write_sweep
-from formats.subject import Subject, add_subject_flags, builder_of, load_subject, remember
+from formats.subject import Subject, add_subject_flags, load_subject, remember
 from models.neurons import pruned_copy, sort_neurons
 from utils.config import (
     Config,
@@ -114,7 +114,7 @@ def prune(args: argparse.Namespace, run: Run) -> None:
     neurons = sort_neurons(read_masks(args.mask_file, subject.network))
     if (args.number or 0) > len(neurons):
         raise InputError(f"--number {args.number}: the network has {len(neurons)} neurons")
-    check_step(pruning_bytes, builder_of(subject), min(args.batch_size, evaluator.largest), runtime, subject.clean)
+    check_step(pruning_bytes, subject.network, min(args.batch_size, evaluator.largest), runtime, subject.clean)
     points = from_flags(SweepConfig, args).points(neurons)
     if not points:
         raise InputError(f"--pruning-step {args.pruning_step:g}: the network has {len(neurons)} neurons")

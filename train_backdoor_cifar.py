@@ -35,9 +35,10 @@ from engine.memory import check_step, training_bytes
 from engine.runtime import Runtime, RuntimeConfig, choose_runtime
 from engine.training import TrainConfig, measure_of
 from formats.cards import save_with_card
+from formats.network import sketch_of, try_own
 from formats.outputs import OUTPUTS
 from formats.plots import plot_training
-from models import ModelConfig, build_model
+from models import ModelConfig
 from utils.config import Config, Range, add_flags, add_output_flags, from_flags, make_parser, setting
 from utils.console import announce, leave
 from utils.run import Run, command_line, run_script
@@ -74,6 +75,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Attack,
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
+        from_flags(ModelConfig, args)  # its flags must not contradict each other
         return args, *read_attack(args)
     except ValueError as error:
         parser.error(str(error))
@@ -96,8 +98,9 @@ def train(args: argparse.Namespace, attack: Attack, config: TrainConfig, run: Ru
     runtime = choose_runtime(from_flags(RuntimeConfig, args), run)
     workspace = open_workspace(args, run, runtime)
     dataset, model = workspace.dataset, workspace.model
-    build = partial(build_model, model.arch, dataset.num_classes, model.widen_factor)
-    check_step(training_bytes, build, min(config.batch_size, len(workspace.held)), runtime, dataset.train)
+    sketch = sketch_of(model, dataset.num_classes)
+    try_own(sketch, model, dataset.test)
+    check_step(training_bytes, sketch, min(config.batch_size, len(workspace.held)), runtime, dataset.train)
     poisoned = attack.carry_out(workspace)
     count, total = len(poisoned.index), len(poisoned.train)
     if count:
@@ -105,7 +108,7 @@ def train(args: argparse.Namespace, attack: Attack, config: TrainConfig, run: Ru
     if args.export_poisoned:
         export_poisoned(workspace, poisoned, Path(args.export_poisoned))
     with seeded_weights(args.seed, "initial weights"):
-        network = build()
+        network = model.build(dataset.num_classes)
     network = network.to(runtime.device, memory_format=torch.channels_last)
     loop = attack.make_loop(network, poisoned, dataset, replace(config, precision=runtime.precision))
     known = describe(attack, args.poison_type, poisoned)

@@ -50,7 +50,7 @@ def network_card(workspace: Workspace, split_file: str | None, attack: dict[str,
     """
     dataset = workspace.dataset
     return {
-        **asdict(workspace.model),
+        **workspace.model.entries(),
         "num_classes": dataset.num_classes,
         "dataset": dataset.name,
         "normalization": asdict(dataset.normalization),

@@ -20,7 +20,7 @@ from data.datasets import ImageSet, Normalization, load_dataset
 from engine.evaluation import Evaluator
 from formats.cards import read_card, save_with_card
 from formats.checkpoints import load_strictly, read_state_dict
-from formats.network import build_network
+from formats.network import build_network, settle_model
 from formats.trigger_file import load_trigger
 from utils.config import make_parser
 from utils.console import announce
@@ -44,7 +44,7 @@ def read_network(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
         what = f"its card has no {min(missing)}" if card else "no card beside it"
         raise InputError(f"{folder / WEIGHTS}: {what}; step 1 writes one")
     path, state_dict = str(folder / WEIGHTS), read_state_dict(folder / WEIGHTS)
-    return build_network(path, state_dict, card["arch"], card["widen_factor"], card["num_classes"]), card
+    return build_network(path, state_dict, settle_model(path, card, {}), card["num_classes"]), card
 
 
 def measure(folder: Path, network: nn.Module, card: dict[str, Any], test: ImageSet) -> dict[str, float]:

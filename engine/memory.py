@@ -8,6 +8,7 @@ precisions. There the estimate is 1.0 to 1.5 times the peak; where it is below 2
 CUDA has not been measured.
 """
 
+import copy
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,7 @@ from data.datasets import ImageSet
 from engine.evaluation import EVALUATION_BATCH, inference_copy
 from engine.runtime import Runtime
 from models.noisy_batchnorm import convert_noisy_batchnorm, noisy_layers
+from utils.console import announce
 from utils.errors import InputError
 from utils.machine import free_memory
 
@@ -70,6 +72,11 @@ def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
         return build()
 
 
+def meta_copy(network: nn.Module) -> nn.Module:
+    """Return a copy of a network whose tensors have sizes and no content."""
+    return copy.deepcopy(network).to("meta")
+
+
 def parameter_bytes(network: nn.Module) -> int:
     """Return the bytes of a network's parameters and buffers."""
     return sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
@@ -102,30 +109,30 @@ def _evaluation_bytes(network: nn.Module, batch_size: int, size: tuple[int, int]
         return peak_bytes(lambda: measured(_images(network, batch_size, size)))
 
 
-def training_bytes(build: Callable[[], nn.Module], batch_size: int, precision: torch.dtype, size=SIZE) -> int:
+def training_bytes(network: nn.Module, batch_size: int, precision: torch.dtype, size=SIZE) -> int:
     """Estimate what step 1 takes beside the images, without generators of an attack.
 
     Args:
-        build: builds the network, as ``models.build_model`` does.
+        network: on the meta device.
         batch_size: images in a batch, at most as many as there are.
         precision: data type of convolutions and linear layers.
         size: height and width of the images, in pixels.
     """
-    network = on_meta(build).to(precision)
+    network = copy.deepcopy(network).to(precision)
     step = _step_bytes(network, batch_size, size, masks=False)
     return _total(network, max(step, _evaluation_bytes(network, EVALUATION_BATCH, size)))
 
 
-def masking_bytes(build: Callable[[], nn.Module], batch_size: int, precision: torch.dtype, size=SIZE) -> int:
+def masking_bytes(network: nn.Module, batch_size: int, precision: torch.dtype, size=SIZE) -> int:
     """Estimate what step 2 takes beside the images; arguments as for ``training_bytes``."""
-    network = on_meta(build).to(precision)
+    network = copy.deepcopy(network).to(precision)
     step = _step_bytes(network, batch_size, size, masks=True)
     return _total(network, max(step, _evaluation_bytes(network, EVALUATION_BATCH, size)))
 
 
-def pruning_bytes(build: Callable[[], nn.Module], batch_size: int, precision: torch.dtype, size=SIZE) -> int:
+def pruning_bytes(network: nn.Module, batch_size: int, precision: torch.dtype, size=SIZE) -> int:
     """Estimate what step 3 takes beside the images; arguments as for ``training_bytes``, of an evaluation."""
-    network = on_meta(build).to(precision)
+    network = copy.deepcopy(network).to(precision)
     return _total(network, _evaluation_bytes(network, batch_size, size))
 
 
@@ -155,12 +162,12 @@ def check_memory(needed: int, what: str, advice: str, device: torch.device) -> N
         raise InputError(f"{what} needs about {_gigabytes(needed)}, {_gigabytes(free)} are free; {advice}")
 
 
-def check_step(estimate: Estimate, build: Callable[[], nn.Module], batch_size: int, runtime: Runtime, images: ImageSet):
-    """Make sure, before a network is built, that a batch of a step will fit.
+def check_step(estimate: Estimate, network: nn.Module, batch_size: int, runtime: Runtime, images: ImageSet) -> None:
+    """Make sure, before a step begins, that a batch of it will fit.
 
     Args:
         estimate: of the step, one of the functions above.
-        build: builds the network.
+        network: as it will be used, or a copy of it on the meta device.
         batch_size: images in a batch.
         runtime: where it will run, in which precision.
         images: such as it will see.
@@ -168,6 +175,10 @@ def check_step(estimate: Estimate, build: Callable[[], nn.Module], batch_size: i
     Raises:
         InputError: it will not.
     """
-    needed = estimate(build, batch_size, runtime.precision, tuple(images.images.shape[1:3]))
+    try:
+        needed = estimate(meta_copy(network), batch_size, runtime.precision, tuple(images.images.shape[1:3]))
+    except Exception:  # a network's own code may need more than sizes, and fail in any way
+        announce(f"how much memory this takes is not known: {type(network).__name__} cannot be run without content")
+        return
     advice = "lower --batch-size or take a narrower network (--widen-factor)"
     check_memory(needed, f"this network with batches of {batch_size} images", advice, runtime.device)

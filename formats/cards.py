@@ -91,6 +91,7 @@ _ENTRIES: dict[str, Callable[[Any], bool]] = {
     "sha256": _is_text,
     "checkpoint_sha256": _is_text,
     "arch": _is_text,
+    "model": _is_text,
     "dataset": _is_text,
     "num_classes": lambda value: type(value) is int and value > 0,
     "widen_factor": _is_number_in(Range(0, 64, open_low=True)),

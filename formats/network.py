@@ -1,6 +1,7 @@
 """A network from a file, with what its card and the flags say about it, and its trigger, if that is known."""
 
 import argparse
+import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -15,10 +16,10 @@ from engine.runtime import Runtime
 from formats.cards import read_card
 from formats.checkpoints import load_strictly, read_state_dict
 from formats.trigger_file import load_trigger
-from models import ARCHITECTURES, ModelConfig, build_model
+from models import ModelConfig
 from utils.config import Config, InputFile, add_flags, from_flags, given_flags, required, setting
 from utils.console import announce
-from utils.errors import InputError, quote
+from utils.errors import InputError, quote, shorten
 from utils.files import card_path
 
 C = TypeVar("C", bound=Config)
@@ -67,10 +68,6 @@ class Loaded:
     trigger: Trigger | None
     card: dict[str, Any]
 
-    def build(self) -> nn.Module:
-        """Build the network anew, with other weights."""
-        return build_model(self.model.arch, self.dataset.num_classes, self.model.widen_factor)
-
 
 def add_network_flags(parser: argparse.ArgumentParser) -> None:
     """Add the network, its trigger, and what a card may say of them."""
@@ -93,14 +90,17 @@ def load_network(args: argparse.Namespace, data_dir: str, runtime: Runtime) -> L
     config = from_flags(NetworkConfig, args)
     path = config.checkpoint
     state_dict, card = read_state_dict(path), read_card(path)
-    model = _settled(ModelConfig, args, path, card)
-    dataset = load_dataset(_settled(DataConfig, args, path, card).dataset, data_dir, runtime.device)
+    model = settle_model(path, card or {}, given_flags(args, ModelConfig))
+    dataset = load_dataset(
+        _settled(DataConfig, given_flags(args, DataConfig), path, card).dataset, data_dir, runtime.device
+    )
     _check_classes(path, card, dataset)
-    network = build_network(path, state_dict, model.arch, model.widen_factor, dataset.num_classes)
+    network = build_network(path, state_dict, model, dataset.num_classes)
+    try_own(network, model, dataset.test)
     trigger = load_trigger(config.trigger_info, dataset.num_classes) if config.trigger_info else None
     normalization = _normalization(config, card, dataset.normalization)
     announce(
-        f"{path}: {model.arch}, width {model.widen_factor}, mean {normalization.mean}, std {normalization.std}, "
+        f"{path}: {model}, mean {normalization.mean}, std {normalization.std}, "
         f"from {'its card' if card else 'flags and defaults (no card)'}"
     )
     if card is None:
@@ -126,13 +126,41 @@ def _agree(path: str, name: str, given: Any, known: Any) -> Any:
     return known if given is None else given
 
 
-def _settled(config: type[C], args: argparse.Namespace, path: str, card: dict[str, Any] | None) -> C:
+def settle_model(path: str, card: dict[str, Any], given: dict[str, Any]) -> ModelConfig:
+    """Return what network a file holds, of which flags and card each know something, and the defaults the rest.
+
+    Args:
+        path: the file.
+        card: its card; empty where there is none. The code that it names is not run: the user has to name it himself.
+        given: values of flags.
+
+    Raises:
+        InputError: flag and card contradict each other, or the network is built by code that no flag names.
+    """
+    if "model" not in given:
+        if "model" in card:
+            raise InputError(
+                f"{path}: its card says that {quote(card['model'])} builds this network; name the file yourself with "
+                "--model FILE.py:FUNCTION, since code that a card names is never run"
+            )
+        return _settled(ModelConfig, given, path, card)
+    others = [f"--{name.replace('_', '-')}" for name in ("arch", "widen_factor") if name in given]
+    if others:
+        raise InputError(f"--model builds the network itself: leave out {others[0]}")
+    if "arch" in card:
+        raise InputError(
+            f"--model contradicts the card of {path}, which says {quote(card['arch'])}; leave the flag out"
+        )
+    return ModelConfig(model=given["model"])
+
+
+def _settled(config: type[C], given: dict[str, Any], path: str, card: dict[str, Any] | None) -> C:
     """Return a config of which flags and card each know some values, and the defaults the rest.
 
     Raises:
         InputError: flag and card contradict each other, or the card's value is none of the choices here.
     """
-    given, card = given_flags(args, config), card or {}
+    card = card or {}
     values = {name: _agree(path, name, given.get(name), card.get(name)) for name in config.__dataclass_fields__}
     try:
         return config(**{name: value for name, value in values.items() if value is not None})
@@ -147,18 +175,53 @@ def _normalization(config: NetworkConfig, card: dict[str, Any] | None, own: Norm
     return Normalization(**{name: part or getattr(own, name) for name, part in parts.items()})
 
 
-def build_network(path: str, state_dict: dict[str, Tensor], arch: str, width: float, classes: int) -> nn.Module:
+def sketch_of(model: ModelConfig, num_classes: int) -> nn.Module:
+    """Return a network to count with: on the meta device, but for the user's own, which are built.
+
+    Raises:
+        InputError: as ``models.own.build_own``.
+    """
+    build = partial(model.build, num_classes)
+    return build() if model.model else on_meta(build)
+
+
+def try_own(network: nn.Module, model: ModelConfig, images: ImageSet) -> None:
+    """Make sure that a network of the user's own takes the images and tells the classes apart; others do.
+
+    Args:
+        network: on the CPU.
+        model: what it is.
+        images: such as it will see.
+
+    Raises:
+        InputError: it does not.
+    """
+    if not model.model:
+        return
+    height, width = images.images.shape[1:3]
+    wanted = (2, images.num_classes)
+    try:
+        with torch.inference_mode():
+            logits = copy.deepcopy(network).eval()(torch.zeros(2, 3, height, width))
+    except Exception as error:  # the user's own code, which may fail in any way
+        reason = shorten(str(error).partition("\n")[0])
+        raise InputError(
+            f"--model {model}: the network fails on images of {height}x{width}: {type(error).__name__}: {reason}"
+        ) from error
+    if not isinstance(logits, Tensor) or logits.shape != wanted or not logits.is_floating_point():
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise InputError(f"--model {model}: the network makes {found} of two images, expected logits {wanted}")
+
+
+def build_network(path: str, state_dict: dict[str, Tensor], model: ModelConfig, num_classes: int) -> nn.Module:
     """Build a network on the CPU, in eval mode, and load its weights.
 
     Raises:
         InputError: it cannot be built here, is too large for the memory, or the weights do not fit.
     """
-    if arch not in ARCHITECTURES:
-        raise InputError(f"{path}: its card says {quote(arch)}, but only {', '.join(ARCHITECTURES)} can be built here")
-    build = partial(build_model, arch, classes, width)
     advice = "look at --widen-factor or the card"
-    check_memory(parameter_bytes(on_meta(build)), f"{path}: {arch} of width {width}", advice, torch.device("cpu"))
-    network = build()
+    check_memory(parameter_bytes(sketch_of(model, num_classes)), f"{path}: {model}", advice, torch.device("cpu"))
+    network = model.build(num_classes)
     load_strictly(network, state_dict, path)
     return network.to(memory_format=torch.channels_last).eval()
 

@@ -1,9 +1,7 @@
 """The network that steps 2 and 3 repair, and an attacker's surrogate, with what cards and flags say about them."""
 
 import argparse
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +13,8 @@ from engine.evaluation import Evaluator
 from engine.runtime import Runtime
 from formats.cards import read_card
 from formats.checkpoints import read_state_dict
-from formats.network import add_network_flags, build_network, load_network
-from models import ModelConfig, build_model
+from formats.network import add_network_flags, build_network, load_network, settle_model
+from models import ModelConfig
 from utils.config import Config, Range, add_flags, from_flags, setting
 from utils.console import announce
 from utils.errors import InputError, quote
@@ -114,8 +112,10 @@ def load_surrogate(
     if card.get("split", {}).get("sha256", split) != split:
         raise InputError(f"{path}: trained on another split, and so perhaps on the defender's images; see --split-file")
     known = {**asdict(normalization), **card.get("normalization", {})}
-    arch, width = card.get("arch", model.arch), card.get("widen_factor", model.widen_factor)
-    network = build_network(path, state_dict, arch, width, images.num_classes)
+    own = {"model": model.model} if model.model and "model" in card else {}
+    if card.keys() & {"arch", "widen_factor", "model"}:
+        model = settle_model(path, card, own)
+    network = build_network(path, state_dict, model, images.num_classes)
     return network, Normalization(tuple(known["mean"]), tuple(known["std"]))
 
 
@@ -139,7 +139,7 @@ def load_subject(
     clean = dataset.train[defender_index(permutation, share)]
     known_split = bool(split_file or card.get("split"))
     described = {
-        **asdict(loaded.model),
+        **loaded.model.entries(),
         "num_classes": dataset.num_classes,
         "dataset": dataset.name,
         "normalization": asdict(loaded.normalization),
@@ -157,10 +157,5 @@ def load_subject(
 
 def remember(run: Run, subject: Subject) -> None:
     """Let a run remember what flags, card and defaults together said; raises ``InputError`` as ``Run.rely_on``."""
-    run.rely_on({name: subject.card[name] for name in ("arch", "widen_factor", "dataset", "normalization")})
-
-
-def builder_of(subject: Subject) -> Callable[[], nn.Module]:
-    """Return a function that builds the subject's network anew, with other weights."""
-    card = subject.card
-    return partial(build_model, card["arch"], card["num_classes"], card["widen_factor"])
+    facts = ("arch", "widen_factor", "dataset", "normalization")
+    run.rely_on({name: subject.card[name] for name in facts if name in subject.card})

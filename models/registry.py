@@ -1,13 +1,15 @@
 """One table of the networks that can be built by name."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from models.mobilenetv2 import MobileNetV2
+from models.own import build_own
 from models.resnet import resnet18, resnet34, resnet50, resnet101, resnet152
 from models.vgg import vgg19_bn
-from utils.config import Config, Range, setting
+from utils.config import Config, InputCode, Range, code, setting
 
 ARCHITECTURES = {
     "resnet18": resnet18,
@@ -26,6 +28,32 @@ class ModelConfig(Config):
 
     arch: str = setting("resnet18", "network", choices=ARCHITECTURES)
     widen_factor: float = setting(1.0, "multiplies all channel counts", Range(0, 64, open_low=True))
+    model: InputCode | None = setting(
+        None,
+        "a network of your own instead: the function is called with num_classes, and returns a torch.nn.Module",
+        metavar="FILE.py:FUNCTION",
+        kind=code,
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.model and (self.arch, self.widen_factor) != (ModelConfig.arch, ModelConfig.widen_factor):
+            raise ValueError("--model builds the network itself: leave out --arch and --widen-factor")
+
+    def build(self, num_classes: int) -> nn.Module:
+        """Build the network; raises ``InputError`` as ``build_own`` and ``ValueError`` as ``build_model``."""
+        if self.model:
+            return build_own(self.model, num_classes)
+        return build_model(self.arch, num_classes, self.widen_factor)
+
+    def entries(self) -> dict[str, Any]:
+        """Return what a model card says of it."""
+        if self.model:
+            return {"model": f"{self.model.path.name}:{self.model.function}"}
+        return {"arch": self.arch, "widen_factor": self.widen_factor}
+
+    def __str__(self) -> str:
+        return self.model or f"{self.arch}, width {self.widen_factor}"
 
 
 def build_model(arch: str, num_classes: int = 10, widen_factor: float = 1.0) -> nn.Module:

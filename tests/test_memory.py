@@ -72,17 +72,17 @@ def test_a_training_step_holds_what_autograd_keeps(bare):
 
 @pytest.mark.parametrize("estimate", ESTIMATES)
 def test_estimates_follow_batch_precision_and_image_size(bare, estimate):
-    build = narrow(width=0.0625)
-    small = estimate(build, 4000, FP32)
-    assert estimate(build, 8000, FP32) == pytest.approx(2 * small, rel=0.1)
-    assert estimate(build, 4000, BF16) == pytest.approx(small / 2, rel=0.1)
-    assert estimate(build, 1000, FP32, (64, 64)) == pytest.approx(small, rel=0.1)
+    network = on_meta(narrow(width=0.0625))
+    small = estimate(network, 4000, FP32)
+    assert estimate(network, 8000, FP32) == pytest.approx(2 * small, rel=0.1)
+    assert estimate(network, 4000, BF16) == pytest.approx(small / 2, rel=0.1)
+    assert estimate(network, 1000, FP32, (64, 64)) == pytest.approx(small, rel=0.1)
 
 
 @pytest.mark.parametrize("estimate", ESTIMATES)
 def test_a_network_that_fits_nowhere_is_counted_without_being_built(estimate):
-    build = narrow("resnet18", 64)
-    assert estimate(build, 2, FP32) > 3 * parameter_bytes(on_meta(build)) > 500e9
+    network = on_meta(narrow("resnet18", 64))
+    assert estimate(network, 2, FP32) > 3 * parameter_bytes(network) > 500e9
 
 
 def test_masks_need_no_gradients_of_weights():

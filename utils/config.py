@@ -10,6 +10,7 @@ import numbers
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields
+from pathlib import Path
 from types import NoneType
 from typing import Any, NoReturn, TypeVar, get_args
 
@@ -21,6 +22,25 @@ C = TypeVar("C", bound="Config")
 
 class InputFile(str):
     """A file that a run reads. The run records its sha256 and is not continued with another one."""
+
+    @property
+    def path(self) -> Path:
+        """The file itself."""
+        return Path(self)
+
+
+class InputCode(InputFile):
+    """A function in a file of Python code, ``FILE.py:FUNCTION``."""
+
+    @property
+    def path(self) -> Path:
+        """See ``InputFile``."""
+        return Path(self.rpartition(":")[0])
+
+    @property
+    def function(self) -> str:
+        """The function's name."""
+        return self.rpartition(":")[2]
 
 
 class InputFolder(str):
@@ -184,6 +204,18 @@ def not_empty(kind: type[str]) -> Callable[[str], str]:
     return parse
 
 
+def code(given: str) -> InputCode:
+    """An argparse type: ``FILE.py:FUNCTION``.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is none.
+    """
+    found = InputCode(given)
+    if found.path.suffix != ".py" or not found.function.isidentifier():
+        raise argparse.ArgumentTypeError(f"{given}: expected FILE.py:FUNCTION, such as my_network.py:build")
+    return found
+
+
 def _specification(each: Field) -> dict[str, Any]:
     """Return what argparse has to know of a field, but for default and help."""
     if each.type is bool:
@@ -222,7 +254,7 @@ def add_flags(parser: Any, config: type[Config], card: bool = False, **defaults:
     for each in flag_fields(config).values():
         default = defaults.get(each.name, each.default)
         text = _described(each)
-        if card:
+        if card and default is not None:
             text += f" (default: the card's, else {_shown(default)})"
         elif default is not MISSING and default is not False and default not in (None, ""):
             text += f" (default: {_shown(default)})"

@@ -4,7 +4,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from utils.config import InputFile, InputFolder
+from utils.config import InputCode, InputFile, InputFolder
 from utils.errors import quote
 from utils.files import sha256_of, sha256_of_folder
 
@@ -16,7 +16,7 @@ CARD_OPTIONS = {"arch", "widen_factor", "dataset", "mean", "std"}  # a card may 
 
 def input_files(arguments: Namespace) -> dict[str, Path]:
     """Return the files that a command line names, by flag."""
-    return {name: Path(value) for name, value in vars(arguments).items() if isinstance(value, InputFile)}
+    return {name: value.path for name, value in vars(arguments).items() if isinstance(value, InputFile)}
 
 
 def input_folders(arguments: Namespace) -> dict[str, Path]:
@@ -36,6 +36,8 @@ def _plain(value: Any) -> Any:
 def digests_of(arguments: Namespace) -> dict[str, str]:
     """Return the sha256 of every input that is there, by flag; raises ``InputError`` where one cannot be read."""
     files = {name: sha256_of(path) for name, path in input_files(arguments).items() if path.exists()}
+    codes = {name: value for name, value in vars(arguments).items() if isinstance(value, InputCode)}
+    files |= {name: f"{files[name]} {value.function}" for name, value in codes.items() if name in files}
     return files | {name: sha256_of_folder(path) for name, path in input_folders(arguments).items() if path.is_dir()}
 
 
