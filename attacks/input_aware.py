@@ -115,7 +115,8 @@ class InputAwareLoop(TrainingLoop):
         )
         with seeded_weights(config.seed, "generators"):
             self.mask_net, self.pattern_net = (
-                Generator(channels).to(self.device, memory_format=torch.channels_last) for channels in (1, 3)
+                Generator(channels, attack.generator_width).to(self.device, memory_format=torch.channels_last)
+                for channels in (1, 3)
             )
         self.mask_optimizer, self.pattern_optimizer = (
             torch.optim.Adam(net.parameters(), GENERATOR_LR, GENERATOR_BETAS, fused=True)
@@ -236,6 +237,9 @@ class InputAware(Attack):
         0.1,
         "share of each batch that carries another image's trigger and keeps its label",
         Range(0, 1, open_low=True, open_high=True),
+    )
+    generator_width: float = setting(
+        1.0, "multiplies the channel counts of both generators", Range(0, 8, open_low=True)
     )
 
     def targets(self, images: ImageSet) -> Tensor:

@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+from models.width import widen
+
 
 def _block(in_channels: int, out_channels: int, relu: bool = True) -> list[nn.Module]:
     layers = [nn.Conv2d(in_channels, out_channels, 3, padding=1), nn.BatchNorm2d(out_channels, momentum=0.05)]
@@ -13,20 +15,22 @@ class Generator(nn.Module):
 
     Args:
         out_channels: 3 for patterns, 1 for masks.
+        widen_factor: multiplies the published channel counts.
 
     Shape:
         float (B, 3, H, W), normalised -> float (B, out_channels, H, W), -inf..inf; H and W are multiples of 8.
     """
 
-    def __init__(self, out_channels: int):
+    def __init__(self, out_channels: int, widen_factor: float = 1.0):
         super().__init__()
+        low, middle, high = (widen(channels, widen_factor) for channels in (32, 64, 128))
         down, up = [], []
-        for before, after in ((3, 32), (32, 64), (64, 128)):
+        for before, after in ((3, low), (low, middle), (middle, high)):
             down += [*_block(before, after), *_block(after, after), nn.MaxPool2d(2)]
-        for before, after in ((128, 64), (64, 32)):
+        for before, after in ((high, middle), (middle, low)):
             up += [nn.Upsample(scale_factor=2, mode="bilinear"), *_block(before, before), *_block(before, after)]
-        up += [nn.Upsample(scale_factor=2, mode="bilinear"), *_block(32, 32), *_block(32, out_channels, relu=False)]
-        self.layers = nn.Sequential(*down, *_block(128, 128), *up)
+        up += [nn.Upsample(scale_factor=2, mode="bilinear"), *_block(low, low), *_block(low, out_channels, relu=False)]
+        self.layers = nn.Sequential(*down, *_block(high, high), *up)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
