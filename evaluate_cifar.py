@@ -3,8 +3,8 @@
 R-Acc is the share of triggered images that are given their true class; a repair should bring the ASR down and R-Acc up.
 Nothing is written.
 
-A network from step 1 or 3, or from zoo/:
-    python evaluate_cifar.py --checkpoint zoo/badnets-0/last_model.th --trigger-info zoo/badnets-0/trigger_info.th
+A network from step 1 or 3, or of the zoo:
+    python evaluate_cifar.py --checkpoint badnets-0 --trigger-info badnets-0
 
 Without --trigger-info only C-Acc is known.
 """
@@ -23,6 +23,7 @@ from engine.evaluation import EVALUATION_BATCH, Evaluator, NotFinite
 from engine.memory import check_step, pruning_bytes
 from engine.runtime import RuntimeConfig, prepare_runtime
 from formats.network import add_network_flags, load_network
+from formats.zoo import locate_inputs
 from utils.config import add_flags, from_flags, make_parser
 from utils.console import announce, leave
 from utils.errors import InputError
@@ -40,6 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Measure the network and print one line; raises ``InputError`` as ``load_network`` and where it only gives NaN."""
+    locate_inputs(args)
     runtime = prepare_runtime(from_flags(RuntimeConfig, args))
     announce(f"computing on {runtime}")
     loaded = load_network(args, from_flags(FolderConfig, args).data_dir, runtime)

@@ -23,13 +23,14 @@ from functools import partial
 from defenses.anp import AnpConfig, MaskLoop
 from defenses.pruning import PAPER_THRESHOLD
 from engine.drive import drive
-from engine.evaluation import is_guessing
+from engine.evaluation import is_ruined
 from engine.memory import check_step, masking_bytes
 from engine.runtime import RuntimeConfig, choose_runtime
 from formats.mask_file import write_masks
 from formats.outputs import OUTPUTS
 from formats.plots import plot_masks
 from formats.subject import Subject, add_subject_flags, load_subject, remember
+from formats.zoo import locate_inputs
 from utils.config import Config, Range, add_flags, add_output_flags, from_flags, make_parser, setting
 from utils.console import announce, leave
 from utils.errors import InputError
@@ -62,8 +63,7 @@ def refuse_useless(rows: list[dict], subject: Subject) -> None:
         InputError: it has, though the network as it came knew its classes.
     """
     before, after = (row["defender acc %"] / 100 for row in (rows[0], rows[-1]))
-    guessing = [is_guessing(accuracy, subject.clean.num_classes, len(subject.clean)) for accuracy in (before, after)]
-    if guessing == [False, True]:
+    if is_ruined(before, after, subject.clean):
         raise InputError(
             f"with these masks the network only guesses ({100 * after:.1f} % of the clean images, {100 * before:.1f} % "
             "before), so they are of no use; lower --lr or --anp-eps"
@@ -91,7 +91,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run step 2; returns the exit status."""
     args = build_parser().parse_args(argv)
     command = command_line("optimize_mask_cifar.py", argv)
-    return run_script(partial(optimize, args), "optimize", args, command, OUTPUTS["optimize"])
+    return run_script(
+        partial(optimize, args), "optimize", args, command, OUTPUTS["optimize"], partial(locate_inputs, args)
+    )
 
 
 if __name__ == "__main__":

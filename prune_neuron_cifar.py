@@ -18,46 +18,26 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     prepare_process()
 
 import argparse
-from dataclasses import dataclass
 from functools import partial
 
 from defenses.pruning import Choice, ChoiceConfig, SweepConfig, choose
 from engine.drive import drive
-from engine.evaluation import EVALUATION_BATCH, Report, is_guessing
+from engine.evaluation import BatchConfig, Report, is_ruined
 from engine.memory import check_step, pruning_bytes
 from engine.runtime import RuntimeConfig, choose_runtime
 from engine.sweep import SweepLoop
 from formats.cards import save_with_card
-from formats.mask_file import check_source, read_masks
+from formats.mask_file import MaskFileConfig, check_source, read_masks
 from formats.outputs import OUTPUTS
 from formats.plots import plot_sweep
 from formats.pruning_file import write_sweep
 from formats.subject import Subject, add_subject_flags, load_subject, remember
+from formats.zoo import locate_inputs
 from models.neurons import pruned_copy, sort_neurons
-from utils.config import (
-    Config,
-    InputFile,
-    Range,
-    add_flags,
-    add_output_flags,
-    from_flags,
-    make_parser,
-    required,
-    setting,
-)
+from utils.config import add_flags, add_output_flags, from_flags, make_parser
 from utils.console import announce, leave
 from utils.errors import InputError
 from utils.run import Run, command_line, run_script, versions
-
-
-@dataclass(frozen=True)
-class PruneConfig(Config):
-    """Masks and evaluation batch."""
-
-    mask_file: InputFile = required("mask_values.txt of step 2", metavar="FILE")
-    batch_size: int = setting(
-        EVALUATION_BATCH, "images in an evaluation batch; changes the speed alone", Range(1, 100_000)
-    )
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -65,7 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
     add_subject_flags(parser)
     group = parser.add_argument_group("pruning")
-    add_flags(group, PruneConfig)
+    add_flags(group, MaskFileConfig)
+    add_flags(group, BatchConfig)
     add_flags(group, SweepConfig)
     add_flags(group.add_mutually_exclusive_group(), ChoiceConfig)
     add_flags(parser.add_argument_group("computation"), RuntimeConfig)
@@ -97,14 +78,6 @@ def save_repaired(run: Run, subject: Subject, loop: SweepLoop, choice: Choice, r
     save_with_card(run.folder / "repaired_model.th", network.state_dict(), {**card, "versions": versions()})
 
 
-def warn_of_ruin(subject: Subject, before: Report, after: Report) -> None:
-    """Say so where a network that knew its classes is left guessing."""
-    clean = subject.clean
-    guessing = [is_guessing(each.defender.accuracy, clean.num_classes, len(clean)) for each in (before, after)]
-    if guessing == [False, True]:
-        announce("warning: the repaired network only guesses; prune fewer neurons (--max-acc-drop, --threshold)")
-
-
 def prune(args: argparse.Namespace, run: Run) -> None:
     """Carry out step 3 in the run's folder."""
     runtime = choose_runtime(from_flags(RuntimeConfig, args), run)
@@ -133,7 +106,8 @@ def prune(args: argparse.Namespace, run: Run) -> None:
     announce(f"chosen: {choice.words} ({choice.reason}): {count} of {total} neurons, {100 * count / total:.2f} %")
     announce(f"before: {loop.rows[0].report}")
     announce(f"after:  {report}")
-    warn_of_ruin(subject, loop.rows[0].report, report)
+    if is_ruined(accuracies[0], report.defender.accuracy, subject.clean):
+        announce("warning: the repaired network only guesses; prune fewer neurons (--max-acc-drop, --threshold)")
     announce(f"saved {run.folder / 'repaired_model.th'}; {run.seconds:.0f} s")
 
 
@@ -141,7 +115,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run step 3; returns the exit status."""
     args = parse_arguments(argv)
     step = f"pruning_by_{args.pruning_by}"
-    return run_script(partial(prune, args), step, args, command_line("prune_neuron_cifar.py", argv), OUTPUTS[step])
+    command = command_line("prune_neuron_cifar.py", argv)
+    return run_script(partial(prune, args), step, args, command, OUTPUTS[step], partial(locate_inputs, args))
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ from formats.cards import save_with_card
 from formats.network import sketch_of, try_own
 from formats.outputs import OUTPUTS
 from formats.plots import plot_training
+from formats.zoo import ZooConfig, locate_inputs
 from models import ModelConfig
 from utils.config import Config, Range, add_flags, add_output_flags, from_flags, make_parser, setting
 from utils.console import announce, leave
@@ -62,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("model", ModelConfig),
         ("data", DataConfig),
         ("source", SourceConfig),
+        ("zoo", ZooConfig),
         ("computation", RuntimeConfig),
         ("checkpoints", KeepConfig),
     ):
@@ -138,7 +140,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run step 1; returns the exit status."""
     args, attack, config = parse_arguments(argv)
     command = command_line("train_backdoor_cifar.py", argv)
-    return run_script(partial(train, args, attack, config), "train", args, command, OUTPUTS["train"])
+    return run_script(
+        partial(train, args, attack, config), "train", args, command, OUTPUTS["train"], partial(locate_inputs, args)
+    )
 
 
 if __name__ == "__main__":

@@ -17,10 +17,10 @@ from data.augment import make_transform, normalize
 from data.datasets import Dataset, ImageSet, Normalization
 from data.split import split_size
 from data.triggers import Trigger, next_class
-from engine.evaluation import EVALUATION_BATCH, inference_copy
+from engine.generated import drawn_trigger
 from engine.runtime import autocast
 from engine.training import COLUMNS, TrainConfig, TrainingLoop, set_learning_rate
-from models.generator import Generator
+from models.generator import Generator, mask_of, pattern_of
 from utils.config import Range, setting
 from utils.errors import InputError
 from utils.seeding import seeded_weights
@@ -31,16 +31,6 @@ GENERATOR_LR, GENERATOR_BETAS = 0.01, (0.5, 0.9)
 MASK_DENSITY, DENSITY_WEIGHT = 0.032, 100.0
 PADDING, DEGREES = 5, 10.0  # of the augmentation
 CROSS_COLUMNS = {**COLUMNS, "cross %": "7.2f"}  # accuracy with the triggers of other images
-
-
-def pattern_of(output: Tensor) -> Tensor:
-    """Squash the pattern generator's output to pixels: float (B, 3, H, W) -> (B, 3, H, W), 0..1."""
-    return torch.tanh(output) / 2 + 0.5
-
-
-def mask_of(output: Tensor) -> Tensor:
-    """Squash the mask generator's output to nearly 0 or 1: float (B, 1, H, W) -> (B, 1, H, W), 0..1."""
-    return torch.tanh(20 * pattern_of(output) - 10) / 2 + 0.5
 
 
 def diversity(images_1: Tensor, images_2: Tensor, drawn_1: Tensor, drawn_2: Tensor) -> Tensor:
@@ -194,17 +184,10 @@ class InputAwareLoop(TrainingLoop):
             mask = mask_of(self.mask_net(others).float())
         return pattern, images + (pattern - images) * mask
 
-    @torch.inference_mode()
     def draw_trigger(self, images: ImageSet) -> Trigger:
         """Return one pattern, mask and target for each image, as ``trigger_info.th`` holds them."""
-        precision, parts = self.config.precision, []
-        nets = [inference_copy(net, precision) for net in (self.pattern_net, self.mask_net)]
-        for batch in images.images.split(EVALUATION_BATCH):
-            inputs = normalize(batch, self.normalization).to(precision)
-            pattern, mask = (net(inputs).float().permute(0, 2, 3, 1).cpu() for net in nets)
-            parts.append(((pattern_of(pattern) * 255).round().to(torch.uint8), mask_of(mask)))
-        patterns, masks = (torch.cat(part) for part in zip(*parts, strict=True))
-        return Trigger(patterns, masks, 1.0, self.attack.targets(images).cpu())
+        nets = self.pattern_net, self.mask_net
+        return drawn_trigger(*nets, images, self.attack.targets(images), self.normalization, self.config.precision)
 
 
 def _step(loss: Tensor, *optimizers: torch.optim.Optimizer) -> None:

@@ -91,7 +91,7 @@ def _read_json(path: Path) -> Result:
 def load_zoo(folder: Path) -> list[Result]:
     """Read the cards of the zoo's networks; raises ``InputError`` where one is no JSON."""
     paths = sorted(folder.glob("*/last_model.json"))
-    return [{"content": "network", "folder": f"zoo/{path.parent.name}", **_read_json(path)} for path in paths]
+    return [{"content": "network", "name": path.parent.name, **_read_json(path)} for path in paths]
 
 
 def _place(result: Result) -> tuple:
@@ -336,11 +336,11 @@ def _plain_pair(row: Result) -> str:
 def zoo_table(results: list[Result]) -> str:
     """The networks of zoo/, from their cards."""
     rows = [
-        [f"`{network['folder']}`", title({"attack": network["attack"]["poison_type"]}), pair(network["metrics"])]
+        [f"`{network['name']}`", title({"attack": network["attack"]["poison_type"]}), pair(network["metrics"])]
         for network in results
         if network.get("content") == "network"
     ]
-    return markdown(["folder", "attack", "C-Acc / ASR"], rows)
+    return markdown(["name", "attack", "C-Acc / ASR"], rows)
 
 
 TABLES: dict[str, Callable[[list[Result]], str]] = {

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from data.augment import normalize
 from data.datasets import ImageSet, Normalization
 from data.triggers import Trigger, attacked_index, triggered_test_set
+from utils.config import Config, Range, setting
 
 EVALUATION_BATCH = 500
 BAR_DELAY = 2.0  # seconds after which a progress bar is worth showing
@@ -31,6 +32,15 @@ COLUMN_NAMES = {
     "cross": "cross %",
     "robust": "R-Acc %",
 }
+
+
+@dataclass(frozen=True)
+class BatchConfig(Config):
+    """How to evaluate."""
+
+    batch_size: int = setting(
+        EVALUATION_BATCH, "images in an evaluation batch; changes the speed alone", Range(1, 100_000)
+    )
 
 
 class NotFinite(ArithmeticError):
@@ -93,6 +103,12 @@ def is_guessing(accuracy: float, num_classes: int, count: int) -> bool:
     """Say whether an accuracy on ``count`` images, 0..1, is within three standard errors of guessing, or below."""
     guess = 1 / num_classes
     return accuracy <= guess + 3 * math.sqrt(guess * (1 - guess) / count)
+
+
+def is_ruined(before: float, after: float, images: ImageSet) -> bool:
+    """Say whether a network that knew the classes of some images only guesses now; accuracies are 0..1."""
+    guessing = [is_guessing(accuracy, images.num_classes, len(images)) for accuracy in (before, after)]
+    return guessing == [False, True]
 
 
 def percent(share: float) -> float:

@@ -46,10 +46,8 @@ def read_card(path: str | Path) -> dict[str, Any] | None:
     if not os.path.lexists(card_file):  # a link that leads nowhere is there, and is refused
         return None
     card = read_json(card_file)
-    wrong = [name for name, is_right in _ENTRIES.items() if name in card and not is_right(card[name])]
     missing = [name for name in ("card_version", "sha256") if name not in card]
-    if wrong or missing:
-        fault = f"{wrong[0]} is {quote(card[wrong[0]])}" if wrong else f"no {missing[0]}"
+    if fault := wrong_entry(card) or (f"no {missing[0]}" if missing else None):
         raise InputError(f"{card_file}: not a card ({fault}); move it away and give --arch and other flags")
     if card["card_version"] != CARD_VERSION:
         raise InputError(f"{card_file}: card version {card['card_version']}, but only {CARD_VERSION} is known here")
@@ -60,6 +58,12 @@ def read_card(path: str | Path) -> dict[str, Any] | None:
             "the file was damaged or replaced (move the card away if it was replaced)"
         )
     return card
+
+
+def wrong_entry(card: dict[str, Any]) -> str | None:
+    """Say which entry of a card is none of the kind it has to be; None where all are."""
+    wrong = [name for name, is_right in _ENTRIES.items() if name in card and not is_right(card[name])]
+    return f"{wrong[0]} is {quote(card[wrong[0]])}" if wrong else None
 
 
 def _is_number_in(within: Range) -> Callable[[Any], bool]:

@@ -2,17 +2,28 @@
 
 import os
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
 from formats.cards import read_card, write_with_card
 from models.neurons import MASK_DECIMALS, Neuron, affine_norms
+from utils.config import Config, InputFile, required
 from utils.errors import InputError, quote, shorten
 from utils.files import read_text
 
 HEADER = ("No", "Layer Name", "Neuron Idx", "Mask Score")
 SEPARATOR = " \t "
+
+
+@dataclass(frozen=True)
+class MaskFileConfig(Config):
+    """The masks to prune by."""
+
+    mask_file: InputFile = required(
+        "mask_values.txt of step 2: a file, an address, or a name from the zoo", metavar="FILE"
+    )
 
 
 def write_masks(path: str | Path, neurons: list[Neuron], checkpoint_sha256: str) -> None:

@@ -15,7 +15,8 @@ from engine.memory import check_memory, on_meta, parameter_bytes
 from engine.runtime import Runtime
 from formats.cards import read_card
 from formats.checkpoints import load_strictly, read_state_dict
-from formats.trigger_file import load_trigger
+from formats.trigger_file import load_trigger_for
+from formats.zoo import ZooConfig
 from models import ModelConfig
 from utils.config import Config, InputFile, add_flags, from_flags, given_flags, required, setting
 from utils.console import announce
@@ -29,9 +30,16 @@ C = TypeVar("C", bound=Config)
 class NetworkConfig(Config):
     """The network and what it expects."""
 
-    checkpoint: InputFile = required("the backdoored network", flag="--checkpoint --checkpoints", metavar="FILE")
+    checkpoint: InputFile = required(
+        "the backdoored network: a file, an address, or a name from the zoo (model_zoo.py list)",
+        flag="--checkpoint --checkpoints",
+        metavar="FILE",
+    )
     trigger_info: InputFile | None = setting(
-        None, "the trigger, to report the ASR; without it only clean accuracy is reported", metavar="FILE"
+        None,
+        "the trigger, to report the ASR: a file, an address, or a name from the zoo; without it only clean accuracy is "
+        "reported",
+        metavar="FILE",
     )
     mean: tuple[float, float, float] | None = setting(
         None,
@@ -74,6 +82,7 @@ def add_network_flags(parser: argparse.ArgumentParser) -> None:
     add_flags(parser.add_argument_group("network"), NetworkConfig)
     add_flags(parser.add_argument_group("model"), ModelConfig, card=True)
     add_flags(parser.add_argument_group("data"), DataConfig, card=True)
+    add_flags(parser.add_argument_group("zoo"), ZooConfig)
 
 
 def load_network(args: argparse.Namespace, data_dir: str, runtime: Runtime) -> Loaded:
@@ -97,7 +106,7 @@ def load_network(args: argparse.Namespace, data_dir: str, runtime: Runtime) -> L
     _check_classes(path, card, dataset)
     network = build_network(path, state_dict, model, dataset.num_classes)
     try_own(network, model, dataset.test)
-    trigger = load_trigger(config.trigger_info, dataset.num_classes) if config.trigger_info else None
+    trigger = load_trigger_for(config.trigger_info, dataset.test) if config.trigger_info else None
     normalization = _normalization(config, card, dataset.normalization)
     announce(
         f"{path}: {model}, mean {normalization.mean}, std {normalization.std}, "

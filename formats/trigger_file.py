@@ -2,13 +2,16 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from data.datasets import ImageSet
 from data.triggers import MODES, Trigger
 from formats.checkpoints import is_dense
+from formats.generators_file import draw_from, is_generators
 from utils.errors import InputError, quote, shorten
 from utils.files import load_torch, save_torch
 
@@ -64,6 +67,20 @@ def _whole(values: Tensor, dtype: torch.dtype, key: str, path: str | Path) -> Te
     return whole
 
 
+def load_trigger_for(path: str | Path, images: ImageSet) -> Trigger:
+    """Read a trigger file, or draw from the generators of an input-aware attack.
+
+    Args:
+        path: ``trigger_info.th`` or ``generators.th``.
+        images: the clean test images.
+
+    Raises:
+        InputError: as ``load_trigger`` and ``draw_from``.
+    """
+    content = load_torch(path)
+    return draw_from(path, content, images) if is_generators(content) else _stored(path, content, images.num_classes)
+
+
 def load_trigger(path: str | Path, num_classes: int) -> Trigger:
     """Read a trigger file, the ANP release's NumPy pickles included, without running anything in it.
 
@@ -74,7 +91,10 @@ def load_trigger(path: str | Path, num_classes: int) -> Trigger:
     Raises:
         InputError: the file is missing, damaged or hostile, an entry is missing, of the wrong shape or out of range.
     """
-    content = load_torch(path)
+    return _stored(path, load_torch(path), num_classes)
+
+
+def _stored(path: str | Path, content: Any, num_classes: int) -> Trigger:
     if not isinstance(content, dict) or any(key not in content for key in KEYS[:4]):
         raise InputError(f"{path}: not a trigger file; expected a dict with {', '.join(KEYS)}")
     mode = content.get(MODE, MODES[0])

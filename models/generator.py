@@ -1,5 +1,6 @@
 """The generator of the input-aware attack (Nguyen & Tran, NeurIPS 2020): an image in, an image of the same size out."""
 
+import torch
 from torch import Tensor, nn
 
 from models.width import widen
@@ -34,3 +35,13 @@ class Generator(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
+
+
+def pattern_of(output: Tensor) -> Tensor:
+    """Squash the pattern generator's output to pixels: float (B, 3, H, W) -> (B, 3, H, W), 0..1."""
+    return torch.tanh(output) / 2 + 0.5
+
+
+def mask_of(output: Tensor) -> Tensor:
+    """Squash the mask generator's output to nearly 0 or 1: float (B, 1, H, W) -> (B, 1, H, W), 0..1."""
+    return torch.tanh(20 * pattern_of(output) - 10) / 2 + 0.5

@@ -19,7 +19,7 @@ import train_backdoor_cifar as train
 from attacks import ATTACKS, CleanLabel, Workspace
 from attacks.clean_label import four_corner_checkerboard
 from attacks.image_folder import export_poisoned
-from attacks.input_aware import InputAwareTrainConfig, diversity, mask_loss, mask_of, pattern_of
+from attacks.input_aware import InputAwareTrainConfig, diversity, mask_loss
 from attacks.pgd import pgd
 from attacks.sig import sinusoid
 from data.augment import normalize, random_crop_flip, random_rotate
@@ -30,7 +30,7 @@ from engine.evaluation import Evaluator, crossed, evaluate, inference_copy
 from engine.runtime import Runtime
 from formats.subject import load_surrogate
 from models import ModelConfig, build_model
-from models.generator import Generator
+from models.generator import Generator, mask_of, pattern_of
 from tests.small import interrupt_after
 from utils.errors import InputError
 from utils.files import sha256_of
@@ -335,7 +335,7 @@ def test_surrogates_that_are_refused_or_doubtful(tmp_path, images, surrogate, ca
     for changes, message in (
         ({"dataset": "cifar10"}, "a network for 'cifar10'"),
         ({"split": {"sha256": "0"}}, "another split"),
-        ({"arch": "alexnet"}, "its card says 'alexnet'"),
+        ({"arch": "alexnet"}, "arch = 'alexnet': choose from"),
     ):
         (tmp_path / "surrogate.json").write_text(json.dumps({**card, **changes}))
         with pytest.raises(InputError, match=message):

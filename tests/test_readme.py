@@ -9,17 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import figure, same_place, speed, tables, zoo
+from benchmarks import figure, same_place, speed, tables
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = {str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}
 README = DOCUMENTS["README.md"]
-SCRIPTS = ("train_backdoor_cifar", "optimize_mask_cifar", "prune_neuron_cifar", "evaluate_cifar")
+SCRIPTS = ("train_backdoor_cifar", "optimize_mask_cifar", "prune_neuron_cifar", "evaluate_cifar", "model_zoo")
 PROGRAMS = {f"{name}.py": importlib.import_module(name) for name in SCRIPTS} | {
     "benchmarks.speed": speed,
     "benchmarks.same_place": same_place,
     "benchmarks.tables": tables,
-    "benchmarks.zoo": zoo,
     "benchmarks.figure": figure,
 }
 PUBLISHED = [
@@ -54,7 +53,9 @@ def commands():
     for module in PROGRAMS.values():
         found += re.sub(r"\\+\n\s*", " ", module.__doc__).splitlines()
     found += [line for path in ROOT.glob("results/*.json") for line in json.loads(path.read_text()).get("commands", [])]
-    return sorted({line.strip() for line in found if re.match(r"\s*python (-m benchmarks\.|\w+_cifar\.py)", line)})
+    return sorted(
+        {line.strip() for line in found if re.match(r"\s*python (-m benchmarks\.|\w+_cifar\.py|model_zoo\.py)", line)}
+    )
 
 
 def flags(parser):

@@ -15,7 +15,7 @@ ORDER = [
 ]  # each may import what follows
 SCRIPTS = [
     ROOT / f"{name}.py"
-    for name in ("train_backdoor_cifar", "optimize_mask_cifar", "prune_neuron_cifar", "evaluate_cifar")
+    for name in ("train_backdoor_cifar", "optimize_mask_cifar", "prune_neuron_cifar", "evaluate_cifar", "model_zoo")
 ]
 FILES = [path for rank in ORDER for package in rank for path in sorted((ROOT / package).rglob("*.py"))]
 

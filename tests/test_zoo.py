@@ -1,45 +1,79 @@
-"""The zoo: rounded networks, measured as they lie there."""
+"""The zoo: its index, names on the command line, rounded networks measured as they lie there, export."""
 
 import json
+import shutil
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import zoo
+import evaluate_cifar
+import model_zoo
+import optimize_mask_cifar
+import train_backdoor_cifar
+from data.triggers import triggered_test_set
 from formats.cards import read_card, save_with_card
 from formats.checkpoints import read_state_dict
 from formats.mask_file import check_source, read_masks
-from utils.files import card_path
+from formats.trigger_file import load_trigger, load_trigger_for
+from formats.zoo import INDEX, ZooConfig, open_zoo
+from formats.zoo_upkeep import read_network
+from utils.errors import InputError
+from utils.files import card_path, sha256_of
 
 ROOT = Path(__file__).parents[1]
-NETWORKS = sorted(path.parent for path in ROOT.glob("zoo/*/last_model.th"))
+ENTRIES = open_zoo(ZooConfig()).entries
 
 
 @pytest.fixture
-def added(trained, tmp_path):
-    assert zoo.main(["add", str(trained), str(tmp_path / "network")]) == 0
-    return tmp_path / "network"
+def zoo(trained, tmp_path):
+    """A zoo of one network, called ``mine``."""
+    assert model_zoo.main(["add", str(trained), "mine", "--zoo-index", str(tmp_path / "zoo")]) == 0
+    return tmp_path / "zoo"
 
 
-def test_a_network_is_rounded_and_measured_as_it_lies_there(added, trained, capsys):
-    state, original = read_state_dict(added / "last_model.th"), read_state_dict(trained / "last_model.th")
+@pytest.fixture
+def address(zoo):
+    """The same zoo on a web server."""
+    handler = partial(SimpleHTTPRequestHandler, directory=str(zoo))
+    handler.log_message = lambda *args: None
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/index.json"
+    server.shutdown()
+    server.server_close()
+
+
+def change(path, *keys, value):
+    content = json.loads(path.read_text())
+    place = content
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = value
+    path.write_text(json.dumps(content))
+
+
+def test_a_network_is_rounded_and_measured_as_it_lies_there(zoo, trained, capsys):
+    state, original = read_state_dict(zoo / "mine/last_model.th"), read_state_dict(trained / "last_model.th")
     for name, tensor in original.items():
         assert torch.equal(state[name], tensor.half() if tensor.is_floating_point() else tensor), name
-    card, before = read_card(added / "last_model.th"), read_card(trained / "last_model.th")
+    card, before = read_card(zoo / "mine/last_model.th"), read_card(trained / "last_model.th")
     assert card["metrics_before_rounding"] == before["metrics"] and card["weights"] == "float16"
     assert card["metrics"].keys() == {"clean_accuracy", "attack_success_rate"}
     assert card["command"] == before["command"] and card["sha256"] != before["sha256"]
-    assert (added / "trigger_info.th").read_bytes() == (trained / "trigger_info.th").read_bytes()
-    assert zoo.main(["check", str(added)]) == 0
+    for name in ("trigger_info.th", "mask_values.txt"):
+        assert (zoo / "mine" / name).read_bytes() == (trained / name).read_bytes()
+    assert model_zoo.main(["verify", "--zoo-index", str(zoo)]) == 0
 
 
-def test_a_card_that_says_something_else_is_found(added, capsys):
-    card = json.loads(card_path(added / "last_model.th").read_text())
-    card["metrics"]["clean_accuracy"] += 1
-    card_path(added / "last_model.th").write_text(json.dumps(card))
-    assert zoo.main(["check", str(added)]) == 1
+def test_a_card_that_says_something_else_is_found(zoo, capsys):
+    change(zoo / "index.json", "networks", "mine", "card", "metrics", "clean_accuracy", value=99)
+    assert model_zoo.main(["verify", "mine", "--zoo-index", str(zoo)]) == 1
     assert "but the card says" in capsys.readouterr().out
+    assert model_zoo.main(["verify", "mine", "--zoo-index", str(zoo), "--images", "50"]) == 1
 
 
 def test_a_network_that_overflows_is_not_added(trained, tmp_path, capsys):
@@ -47,50 +81,252 @@ def test_a_network_that_overflows_is_not_added(trained, tmp_path, capsys):
     state["bn1.running_var"] = torch.full_like(state["bn1.running_var"], 1e6)
     card = {name: value for name, value in read_card(trained / "last_model.th").items() if name != "sha256"}
     save_with_card(tmp_path / "last_model.th", state, card)
-    assert zoo.main(["add", str(tmp_path), str(tmp_path / "network")]) == 1
+    assert model_zoo.main(["add", str(tmp_path), "mine", "--zoo-index", str(tmp_path / "zoo")]) == 1
     assert "bn1.running_var holds 8 values that are NaN or infinite" in capsys.readouterr().err
-    assert not (tmp_path / "network").exists()
+    assert not (tmp_path / "zoo").exists()
 
 
-def test_a_network_of_the_zoo_is_not_replaced(added, trained, capsys):
-    before = {path: path.read_bytes() for path in added.iterdir()}
-    for source in (trained, added):
-        assert zoo.main(["add", str(source), str(added)]) == 1
-        assert "is there already" in capsys.readouterr().err
-    assert before == {path: path.read_bytes() for path in added.iterdir()}
-
-
-def test_a_card_without_an_entry(added, capsys):
-    card = json.loads(card_path(added / "last_model.th").read_text())
-    del card["arch"]
-    card_path(added / "last_model.th").write_text(json.dumps(card))
-    assert zoo.main(["check", str(added)]) == 1
-    assert "its card has no arch" in capsys.readouterr().err
+def test_a_network_of_the_zoo_is_not_replaced(zoo, trained, capsys):
+    before = {path: path.read_bytes() for path in zoo.rglob("*") if path.is_file()}
+    assert model_zoo.main(["add", str(trained), "mine", "--zoo-index", str(zoo)]) == 1
+    assert "is there already" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in zoo.rglob("*") if path.is_file()}
 
 
 def test_a_folder_without_a_network(tmp_path, capsys):
-    assert zoo.main(["check", str(tmp_path)]) == 1
-    assert "no card beside it" in capsys.readouterr().err
+    assert model_zoo.main(["add", str(tmp_path), "mine", "--zoo-index", str(tmp_path / "zoo")]) == 1
+    assert "no such file" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("folder", NETWORKS, ids=lambda path: path.name)
-def test_every_network_is_complete_and_small(folder):
-    _, card = zoo.read_network(folder)
+def test_names_on_the_command_line(zoo, tmp_path, capsys):
+    names = ["--checkpoint", "mine", "--trigger-info", "mine", "--zoo-index", str(zoo)]
+    assert evaluate_cifar.main(names) == 0
+    by_name = capsys.readouterr().out.splitlines()[-1]
+    files = ["--checkpoint", str(zoo / "mine/last_model.th"), "--trigger-info", str(zoo / "mine/trigger_info.th")]
+    assert evaluate_cifar.main(files) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == by_name and "ASR" in by_name
+    out = ["--output-dir", str(tmp_path / "out"), "--val-frac", "0.1", "--nb-iter", "1", "--batch-size", "8"]
+    assert optimize_mask_cifar.main([*names, *out]) == 0
+    log = json.loads((tmp_path / "out/optimize_log.jsonl").read_text().splitlines()[0])["record"]
+    assert "--checkpoint mine" in log["command"]
+    assert log["arguments"]["sha256"]["checkpoint"] == sha256_of(zoo / "mine/last_model.th")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--checkpoint", "mime"], "no network 'mime' in the zoo; did you mean mine?"),
+        (["--checkpoint", "elephant"], "no network 'elephant' in the zoo; there are mine"),
+        (["--checkpoint", "elephant.th"], "elephant.th: no such file"),
+        (["--checkpoint", "mine", "--zoo-index", "nowhere"], "nowhere: no such file"),
+    ],
+)
+def test_names_that_are_none(zoo, capsys, flags, message):
+    assert evaluate_cifar.main(["--zoo-index", str(zoo), *flags]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_file_of_that_name_goes_first(zoo, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("mine").write_bytes(b"no network")
+    assert evaluate_cifar.main(["--checkpoint", "mine", "--zoo-index", str(zoo)]) == 1
+    assert "mine: " in capsys.readouterr().err
+
+
+def test_a_part_that_the_zoo_does_not_have(zoo, capsys):
+    shutil.rmtree(zoo / "mine")
+    (zoo / "other").mkdir()
+    content = json.loads((zoo / "index.json").read_text())
+    del content["networks"]["mine"]["files"]["masks"]
+    (zoo / "index.json").write_text(json.dumps(content))
+    zoo = open_zoo(ZooConfig(zoo_index=str(zoo)))
+    with pytest.raises(InputError, match="mine: the zoo has no masks of it, only network and trigger"):
+        zoo.file(zoo.find("mine"), "masks")
+
+
+def test_a_file_that_is_not_the_one_of_the_index(zoo, capsys):
+    (zoo / "mine/trigger_info.th").write_bytes(b"replaced")
+    flags = ["--checkpoint", "mine", "--trigger-info", "mine", "--zoo-index", str(zoo)]
+    assert evaluate_cifar.main(flags) == 1
+    assert "but the zoo's index says" in capsys.readouterr().err
+
+
+def test_a_zoo_on_a_server(address, tmp_path, capsys):
+    cache = ["--cache-dir", str(tmp_path / "cache")]
+    flags = ["--checkpoint", "mine", "--trigger-info", "mine", "--zoo-index", address, *cache]
+    assert evaluate_cifar.main(flags) == 0
+    assert "from its card" in capsys.readouterr().out
+    assert model_zoo.main(["verify", "--zoo-index", address, *cache]) == 0
+    assert len(list(tmp_path.glob("cache/zoo-*/mine/last_model.th"))) == 1
+
+
+def test_a_zoo_whose_server_is_gone(address, tmp_path, capsys):
+    index = ["--zoo-index", address, "--cache-dir", str(tmp_path / "cache")]
+    assert model_zoo.main(["fetch", "mine", *index]) == 0
+    gone = address.rpartition(":")[0] + ":9/index.json"
+    copied = next((tmp_path / "cache").glob("zoo-*"))
+    assert evaluate_cifar.main(["--checkpoint", "mine", "--zoo-index", gone, *index[2:]]) == 1
+    assert "put it by hand at" in capsys.readouterr().err
+    shutil.copytree(copied, tmp_path / "by_hand")
+    assert evaluate_cifar.main(["--checkpoint", "mine", "--zoo-index", str(tmp_path / "by_hand")]) == 0
+
+
+def test_the_cache_can_be_named_in_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("ANP_CACHE_DIR", str(tmp_path))
+    assert ZooConfig().cache == tmp_path
+    assert ZooConfig(cache_dir=str(tmp_path / "flag")).cache == tmp_path / "flag"
+    monkeypatch.delenv("ANP_CACHE_DIR")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert ZooConfig().cache == tmp_path / "home/.cache/anp"
+
+
+def test_an_address_instead_of_a_file(address, tmp_path, capsys):
+    base = address.removesuffix("index.json")
+    flags = ["--checkpoint", f"{base}mine/last_model.th", "--cache-dir", str(tmp_path / "cache")]
+    flags += ["--dataset", "tiny", "--arch", "resnet18", "--widen-factor", "0.125"]
+    assert evaluate_cifar.main(flags) == 0
+    assert "its publisher names no sha256" in capsys.readouterr().out
+    assert evaluate_cifar.main([*flags[:1], f"{base}mine/nothing.th", *flags[2:]]) == 1
+    assert "404" in capsys.readouterr().err
+
+
+def test_an_export_is_a_zoo(zoo, tmp_path, capsys):
+    assert model_zoo.main(["export", str(tmp_path / "up"), "mine", "--zoo-index", str(zoo)]) == 0
+    assert evaluate_cifar.main(["--checkpoint", "mine", "--zoo-index", str(tmp_path / "up")]) == 0
+    assert json.loads((tmp_path / "up/index.json").read_text()) == json.loads((zoo / "index.json").read_text())
+    assert model_zoo.main(["export", str(tmp_path / "up"), "--zoo-index", str(zoo)]) == 1
+    assert "not empty" in capsys.readouterr().err
+
+
+FILES = ("networks", "mine", "files", "network")
+FAULTS = {
+    "version": (("index_version",), 2, "not an index of version 1"),
+    "networks": (("networks",), [], "it needs index_version and networks"),
+    "entry": (("networks", "mine"), {}, "it needs files, card"),
+    "outside": ((*FILES, "file"), "../../etc/passwd", "expected a path below the index"),
+    "absolute": ((*FILES, "file"), "/etc/passwd", "expected a path below the index"),
+    "no path": ((*FILES, "file"), "", "expected a path below the index"),
+    "number": ((*FILES, "file"), 7, "expected a path below the index"),
+    "digest": ((*FILES, "sha256"), "x" * 64, "has sha256"),
+    "bytes": ((*FILES, "bytes"), -1, "-1 bytes"),
+    "mirror": ((*FILES, "mirrors"), ["file:///etc/passwd"], "has mirrors"),
+    "part": (("networks", "mine", "files", "code"), {}, "a file for 'code'"),
+    "figures": (("networks", "mine", "figures"), "guessed", "expected measured or published"),
+    "card": (("networks", "mine", "card", "widen_factor"), "wide", "widen_factor is 'wide'"),
+    "licence": (("networks", "mine", "licence"), None, "licence is None"),
+    "name": (("networks", "../mine"), {}, "a name has letters"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_index_with_a_fault_is_one_line(zoo, capsys, fault):
+    keys, value, message = FAULTS[fault]
+    change(zoo / "index.json", *keys, value=value)
+    assert model_zoo.main(["list", "--zoo-index", str(zoo)]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_training_again_from_a_card(zoo, tmp_path, capsys):
+    flags = ["mine", "--zoo-index", str(zoo), "--output-dir", str(tmp_path / "again")]
+    assert model_zoo.main(["retrain", *flags]) == 0
+    again = read_state_dict(tmp_path / "again/last_model.th")
+    assert all(torch.equal(t.half(), again[n].half()) for n, t in read_state_dict(zoo / "mine/last_model.th").items())
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("rm -rf /", "names no command of train_backdoor_cifar.py"),
+        ("python train_backdoor_cifar.py --model net.py:build", "which a card must not decide"),
+        ("python train_backdoor_cifar.py --export-poisoned somewhere", "which a card must not decide"),
+    ],
+)
+def test_commands_of_a_card_that_are_not_carried_out(zoo, tmp_path, capsys, command, message):
+    change(zoo / "index.json", "networks", "mine", "card", "command", value=command)
+    flags = ["mine", "--zoo-index", str(zoo), "--output-dir", str(tmp_path / "again")]
+    assert model_zoo.main(["retrain", *flags]) == 1
+    assert message in capsys.readouterr().err and not (tmp_path / "again").exists()
+
+
+@pytest.fixture(scope="module")
+def input_aware(tmp_path_factory):
+    """An input-aware attack with narrow generators, in float32."""
+    folder = tmp_path_factory.mktemp("input-aware")
+    flags = ["--poison-type", "iab-one", "--poison-target", "3", "--generator-width", "0.125", "--epoch", "2"]
+    common = ["--dataset", "tiny", "--widen-factor", "0.125", "--precision", "fp32", "--output-dir", str(folder)]
+    assert train_backdoor_cifar.main([*flags, *common]) == 0
+    return folder
+
+
+def test_triggers_are_drawn_from_generators(input_aware, capsys):
+    from data.datasets import DATASETS
+
+    test = DATASETS["tiny"](None).test
+    drawn, stored = (
+        load_trigger_for(input_aware / "generators.th", test),
+        load_trigger(input_aware / "trigger_info.th", 10),
+    )
+    assert torch.equal(drawn.target, stored.target) and drawn.target.unique().tolist() == [3]
+    assert torch.equal(triggered_test_set(test, drawn).images, triggered_test_set(test, stored).images)
+
+
+def test_the_zoo_keeps_generators_instead_of_a_trigger_for_each_image(input_aware, tmp_path, capsys):
+    zoo = ["--zoo-index", str(tmp_path / "zoo")]
+    assert model_zoo.main(["add", str(input_aware), "aware", *zoo]) == 0
+    assert not (tmp_path / "zoo/aware/trigger_info.th").exists()
+    state = read_state_dict(tmp_path / "zoo/aware/generators.th")
+    assert all(t.dtype == torch.float16 for t in state.values() if t.is_floating_point())
+    assert model_zoo.main(["verify", *zoo]) == 0
+    assert evaluate_cifar.main(["--checkpoint", "aware", "--trigger-info", "aware", *zoo]) == 0
+    assert "ASR" in capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda folder: card_path(folder / "generators.th").unlink(), "generators need the card"),
+        (
+            lambda folder: change(folder / "generators.json", "trained_with", "attack", value=None),
+            "names the target None",
+        ),
+        (
+            lambda folder: change(folder / "generators.json", "trained_with", "attack", "poison_target", value=10),
+            "names the target 10, expected 0 to 9",
+        ),
+        (lambda folder: change(folder / "generators.json", "trained_with", value=[]), "generators need the card"),
+    ],
+)
+def test_generators_that_do_not_say_enough(input_aware, tmp_path, capsys, break_it, message):
+    folder = shutil.copytree(input_aware, tmp_path / "copy")
+    break_it(folder)
+    flags = ["--checkpoint", str(folder / "last_model.th"), "--trigger-info", str(folder / "generators.th")]
+    assert evaluate_cifar.main(flags) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("entry", ENTRIES.values(), ids=lambda entry: entry.name)
+def test_every_network_is_complete_and_small(entry):
+    zoo = open_zoo(ZooConfig())
+    network, card = read_network(zoo.file(entry, "network"))
+    assert {name: value for name, value in card.items() if name not in ("card_version", "sha256")} == entry.card
     attacked = card["attack"]["poison_type"] != "benign"
-    assert (folder / "trigger_info.th").exists() == attacked == ("attack_success_rate" in card["metrics"])
-    assert card["widen_factor"] == 0.25 and card["epochs"] >= 14 and card["split"]["file"] is None
-    assert sum(path.stat().st_size for path in folder.iterdir()) < 2_000_000
-
-
-def test_masks_of_the_zoo_belong_to_its_networks():
-    files = list(ROOT.glob("zoo/*/mask_values.txt"))
-    assert files
-    for path in files:
-        network, card = zoo.read_network(path.parent)
+    assert ("trigger" in entry.files) == attacked == ("attack_success_rate" in card["metrics"])
+    assert card["widen_factor"] == 0.25 and card["epochs"] >= 15 and card["split"]["file"] is None
+    for part in entry.files:
+        zoo.file(entry, part)
+    if "masks" in entry.files:
+        path = zoo.file(entry, "masks")
         check_source(path, card["sha256"])
         assert len(read_masks(path, network)) == 1200
 
 
+def test_the_zoo_is_small_and_its_index_names_all_of_it():
+    files = [path for path in INDEX.parent.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 25_000_000
+    assert sorted(path.parent.name for path in files if path.name == "last_model.th") == list(ENTRIES)
+
+
 @pytest.mark.real_data
 def test_a_network_measures_what_its_card_says(data_dir):
-    assert zoo.main(["check", str(NETWORKS[0]), "--data-dir", data_dir]) == 0
+    assert model_zoo.main(["verify", "badnets-0", "--images", "2000", "--data-dir", data_dir]) == 0

@@ -10,6 +10,7 @@ from utils.files import sha256_of, sha256_of_folder
 
 # What may differ between a run and its continuation: it changes no result, or, like the device, stands in the facts.
 FREE_OPTIONS = {"resume", "overwrite", "output_dir", "data_dir", "save_every", "print_every", "export_poisoned"}
+FREE_OPTIONS |= {"zoo_index", "cache_dir"}  # a named network counts by its content
 FACT_OPTIONS = {"device", "precision", "threads"}
 CARD_OPTIONS = {"arch", "widen_factor", "dataset", "mean", "std"}  # a card may say them too; what came of it is a fact
 

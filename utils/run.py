@@ -358,19 +358,27 @@ class Run:
 
 
 def run_script(
-    work: Callable[[Run], None], step: str, arguments: Namespace, command: str, outputs: Outputs | None = None
+    work: Callable[[Run], None],
+    step: str,
+    arguments: Namespace,
+    command: str,
+    outputs: Outputs | None = None,
+    prepare: Callable[[], None] | None = None,
 ) -> int:
     """Carry out a step in its output folder and turn whatever goes wrong into one line on stderr.
 
     Args:
         work: the step; called with the run.
         step, arguments, command, outputs: as for ``Run``.
+        prepare: called before the run begins; may change the arguments.
 
     Returns:
         The exit status, as ``guard``.
     """
 
     def carry_out() -> None:
+        if prepare:
+            prepare()
         with Run(step, arguments, command, outputs) as run:
             if run.complete_before:
                 announce(f"{run.folder}: this run is complete; nothing to resume")

@@ -1,0 +1,229 @@
+"""The zoo: networks by name, from this repository or from elsewhere, and what is known of them.
+
+An index is a JSON file. Paths in it are relative to the index itself, so that a folder with an index can lie anywhere:
+in the repository, on a disk, on a web server.
+"""
+
+import argparse
+import difflib
+import hashlib
+import os
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import urljoin
+
+from formats.cards import CARD_VERSION, wrong_entry
+from formats.fetch import Wanted, fetch, fetch_latest
+from utils.config import Config, InputFile, given_flags, setting
+from utils.errors import InputError, quote
+from utils.files import JSON_LIMIT, as_json, card_path, read_json, sha256_of, write_bytes
+
+INDEX_VERSION = 1
+INDEX = Path(__file__).parents[1] / "zoo" / "index.json"
+PARTS = {"checkpoint": "network", "clb_surrogate": "network", "trigger_info": "trigger", "mask_file": "masks"}
+FIGURES = ("measured", "published")  # by this project, or by the authors of the network
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_ADDRESS = re.compile(r"(https?://|doi:|drive:|hf:)\S+")
+
+
+@dataclass(frozen=True)
+class ZooConfig(Config):
+    """Where networks come from that are named, not pointed at."""
+
+    zoo_index: str | None = setting(
+        None,
+        "index.json of another zoo, a path or an address (default: the networks of this repository)",
+        metavar="INDEX",
+    )
+    cache_dir: str | None = setting(
+        None, "folder for what is fetched (default: $ANP_CACHE_DIR, else ~/.cache/anp)", metavar="DIR"
+    )
+
+    @property
+    def cache(self) -> Path:
+        """The folder for what is fetched."""
+        return Path(self.cache_dir or os.environ.get("ANP_CACHE_DIR") or Path.home() / ".cache" / "anp").absolute()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A network of the zoo.
+
+    Attributes:
+        name: under which it is asked for.
+        files: by part (``network``, ``trigger``, ``masks``): ``file``, ``sha256``, ``bytes``, ``mirrors``.
+        card: as beside a checkpoint, without version and sha256.
+        figures: who measured what the card says: ``measured`` here, or ``published``.
+        licence, source: of the network.
+    """
+
+    name: str
+    files: dict[str, dict[str, Any]]
+    card: dict[str, Any]
+    figures: str
+    licence: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Zoo:
+    """An index and where it lies.
+
+    Attributes:
+        base: folder or address to which the paths in it are relative.
+        cache: folder for files that are not beside the index.
+        entries: by name.
+    """
+
+    base: str
+    cache: Path
+    entries: dict[str, Entry]
+
+    def find(self, name: str) -> Entry:
+        """Return an entry.
+
+        Raises:
+            InputError: there is none of this name.
+        """
+        if name not in self.entries:
+            close = difflib.get_close_matches(name, self.entries, 1)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(self.entries)}"
+            raise InputError(f"no network {quote(name)} in the zoo; {hint}")
+        return self.entries[name]
+
+    def file(self, entry: Entry, part: str) -> Path:
+        """Return where a file of an entry lies, fetched if need be and compared with the index.
+
+        Raises:
+            InputError: the entry has no such file, it cannot be fetched, or it is another one.
+        """
+        if part not in entry.files:
+            raise InputError(f"{entry.name}: the zoo has no {part} of it, only {' and '.join(entry.files)}")
+        known = entry.files[part]
+        there = None if _is_address(self.base) else Path(self.base, known["file"])
+        if there and there.is_file():
+            found = sha256_of(there)
+            if found != known["sha256"]:
+                raise InputError(f"{there}: its sha256 is {found}, but the zoo's index says {known['sha256']}")
+            return there
+        beside = (urljoin(self.base, known["file"]),) if _is_address(self.base) else ()
+        target = self.cache / ("zoo" if there else f"zoo-{_short_digest(self.base)}") / known["file"]
+        path = fetch(Wanted(target, (*beside, *known["mirrors"]), known["sha256"], known["bytes"]), self.cache)
+        if part == "network":
+            card = {"card_version": CARD_VERSION, "sha256": known["sha256"], **entry.card}
+            write_bytes(card_path(path), as_json(card))
+        return path
+
+
+def _is_address(place: str) -> bool:
+    return bool(_ADDRESS.fullmatch(place))
+
+
+def _short_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def open_zoo(config: ZooConfig) -> Zoo:
+    """Read an index, anew if it is an address.
+
+    Raises:
+        InputError: it is missing or no index.
+    """
+    place = config.zoo_index or str(INDEX)
+    if _is_address(place):
+        path = config.cache / f"zoo-{_short_digest(place)}" / INDEX.name
+        return Zoo(place, config.cache, _read_index(fetch_latest(place, path, JSON_LIMIT)))
+    path = Path(place, INDEX.name) if Path(place).is_dir() else Path(place)
+    return Zoo(str(path.parent), config.cache, _read_index(path))
+
+
+def _read_index(path: Path) -> dict[str, Entry]:
+    content = read_json(path)
+    if content.get("index_version") != INDEX_VERSION or not isinstance(content.get("networks"), dict):
+        raise InputError(f"{path}: not an index of version {INDEX_VERSION}: it needs index_version and networks")
+    entries = {}
+    for name, known in content["networks"].items():
+        fault = _fault_of(name, known)
+        if fault:
+            raise InputError(f"{path}: the entry {quote(name)} is wrong: {fault}")
+        entries[name] = Entry(name, **known)
+    return entries
+
+
+def _fault_of(name: str, known: Any) -> str | None:
+    """Say what is wrong with an entry, which may come from anywhere; None if nothing is."""
+    if not _NAME.fullmatch(name):
+        return "a name has letters, digits, dots and dashes"
+    wanted = {"files": dict, "card": dict, "figures": str, "licence": str, "source": str}
+    if not isinstance(known, dict) or known.keys() != wanted.keys():
+        return f"it needs {', '.join(wanted)}"
+    for key, kind in wanted.items():
+        if not isinstance(known[key], kind):
+            return f"{key} is {quote(known[key])}"
+    if known["figures"] not in FIGURES:
+        return f"figures is {quote(known['figures'])}, expected {' or '.join(FIGURES)}"
+    if "network" not in known["files"]:
+        return "it has no network among its files"
+    faults = [_fault_of_file(part, file) for part, file in known["files"].items()]
+    return next(filter(None, faults), wrong_entry(known["card"]))
+
+
+def _fault_of_file(part: str, file: Any) -> str | None:
+    if part not in PARTS.values():
+        return f"it has a file for {quote(part)}"
+    if not isinstance(file, dict) or file.keys() != {"file", "sha256", "bytes", "mirrors"}:
+        return f"{part} needs file, sha256, bytes and mirrors"
+    place = PurePosixPath(file["file"]) if isinstance(file["file"], str) else None
+    if place is None or place.is_absolute() or not all(_NAME.fullmatch(step) for step in place.parts) or not place.name:
+        return f"{part} lies at {quote(file['file'])}, expected a path below the index"
+    if not isinstance(file["sha256"], str) or not re.fullmatch("[0-9a-f]{64}", file["sha256"]):
+        return f"{part} has sha256 {quote(file['sha256'])}"
+    if type(file["bytes"]) is not int or file["bytes"] < 1:
+        return f"{part} has {quote(file['bytes'])} bytes"
+    mirrors = file["mirrors"]
+    if not isinstance(mirrors, list) or not all(isinstance(each, str) and _is_address(each) for each in mirrors):
+        return f"{part} has mirrors {quote(mirrors)}"
+    return None
+
+
+def locate(given: str, part: str, config: ZooConfig) -> Path:
+    """Return the file that a path, an address, or a name from the zoo stands for; fetch it if need be.
+
+    Args:
+        given: what the user said.
+        part: ``network``, ``trigger`` or ``masks``; which file a name stands for.
+        config: the zoo.
+
+    Raises:
+        InputError: there is no such file or name, or it cannot be fetched.
+    """
+    if os.path.lexists(given):
+        return Path(given)
+    if _is_address(given):
+        name = re.split(r"[/:]", given.partition("?")[0])[-1]
+        name = name if _NAME.fullmatch(name) else "file"
+        target = config.cache / "addresses" / _short_digest(given) / name
+        return fetch(Wanted(target, (given,)), config.cache)
+    if not _NAME.fullmatch(given):
+        return Path(given)  # whoever reads it says what is wrong
+    zoo = open_zoo(config)
+    if given not in zoo.entries and Path(given).suffix:
+        return Path(given)
+    return zoo.file(zoo.find(given), part)
+
+
+def locate_inputs(args: argparse.Namespace) -> None:
+    """Replace names and addresses on a command line by the files that they stand for; raises as ``locate``."""
+    config = ZooConfig(**given_flags(args, ZooConfig))
+    for flag, part in PARTS.items():
+        given = getattr(args, flag, None)
+        if given:
+            setattr(args, flag, InputFile(locate(given, part, config)))
+
+
+def write_index(folder: Path, entries: list[Entry]) -> None:
+    """Write the index of a folder; raises ``OSError`` where it cannot be written."""
+    networks = {entry.name: {k: v for k, v in asdict(entry).items() if k != "name"} for entry in entries}
+    write_bytes(folder / INDEX.name, as_json({"index_version": INDEX_VERSION, "networks": networks}))

@@ -1,0 +1,190 @@
+"""How networks get into a zoo and out of it again, and what is measured of them there."""
+
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from data.datasets import Dataset, ImageSet, Normalization
+from engine.evaluation import Evaluator
+from formats.cards import read_card, save_with_card
+from formats.checkpoints import load_strictly, read_state_dict
+from formats.network import build_network, settle_model
+from formats.trigger_file import load_trigger_for
+from formats.zoo import Entry, Zoo, write_index
+from utils.errors import InputError
+from utils.files import card_path, check_file, sha256_of
+
+FILES = {"network": "last_model.th", "trigger": "trigger_info.th", "masks": "mask_values.txt"}
+GENERATORS = "generators.th"  # the trigger of input-aware attacks: trigger_info.th holds one for each test image
+NEEDED = {"arch", "widen_factor", "num_classes", "dataset", "normalization", "metrics"}  # of a card
+TOLERANCE = 0.05  # percentage points between a card and what is measured: a few images, by another processor
+Load = Callable[[str], Dataset]
+
+
+def read_network(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """Return a network, in float32 and eval mode, and its card.
+
+    Raises:
+        InputError: the file or its card is missing, damaged, or they do not go together.
+    """
+    check_file(path)
+    card = read_card(path)
+    missing = NEEDED - (card or {}).keys()
+    if card is None or missing:
+        what = f"its card has no {min(missing)}" if card else "no card beside it"
+        raise InputError(f"{path}: {what}; step 1 writes one")
+    model = settle_model(str(path), card, {})
+    return build_network(str(path), read_state_dict(path), model, card["num_classes"]), card
+
+
+def measure(network: nn.Module, card: dict[str, Any], trigger: Path | None, test: ImageSet) -> dict[str, float]:
+    """Return C-Acc and, with a trigger, ASR in percent, computed in float32; raises as ``load_trigger_for``."""
+    loaded = load_trigger_for(trigger, test) if trigger else None
+    normalization = Normalization(**{name: tuple(value) for name, value in card["normalization"].items()})
+    return Evaluator(test, loaded, normalization, torch.float32)(network).rounded()
+
+
+def _halved(network: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: t.half() if t.is_floating_point() else t for name, t in network.state_dict().items()}
+
+
+def add(source: Path, target: Path, load: Load) -> dict[str, float]:
+    """Copy what a finished run left into a zoo, in half precision, and measure it as it lies there.
+
+    Args:
+        source: output folder of step 1, and of step 2 if there are masks.
+        target: folder to be made; its name is the network's.
+        load: loads a dataset by its name.
+
+    Returns:
+        The figures after rounding, in percent.
+
+    Raises:
+        InputError: there is no network with a card, it does not survive the rounding, or the folder is there already.
+        OSError: the folder cannot be written.
+    """
+    if target.exists():
+        raise InputError(f"{target} is there already; remove it or choose another name")
+    network, card = read_network(source / FILES["network"])
+    state = _halved(network)
+    load_strictly(network, state, source / FILES["network"])
+    known = {name: value for name, value in card.items() if name not in ("card_version", "sha256")}
+    before = known.pop("metrics")
+    target.mkdir(parents=True)
+    trigger = _copy_trigger(source, target)
+    if (source / FILES["masks"]).exists():
+        shutil.copyfile(source / FILES["masks"], target / FILES["masks"])
+    metrics = measure(network, card, trigger, load(card["dataset"]).test)
+    described = {**known, "weights": "float16", "metrics": metrics, "metrics_before_rounding": before}
+    save_with_card(target / FILES["network"], state, described)
+    return metrics
+
+
+def _copy_trigger(source: Path, target: Path) -> Path | None:
+    """Copy the trigger, or generators in half precision where it is drawn; return where it lies."""
+    if (source / GENERATORS).exists():
+        state = {n: t.half() if t.is_floating_point() else t for n, t in read_state_dict(source / GENERATORS).items()}
+        card = read_card(source / GENERATORS) or {}
+        save_with_card(
+            target / GENERATORS, state, {n: v for n, v in card.items() if n not in ("card_version", "sha256")}
+        )
+        return target / GENERATORS
+    if (source / FILES["trigger"]).exists():
+        return Path(shutil.copyfile(source / FILES["trigger"], target / FILES["trigger"]))
+    return None
+
+
+def reindex(folder: Path, older: dict[str, Entry]) -> list[Entry]:
+    """Write the index of a folder from what lies in it; return its entries.
+
+    Args:
+        folder: of the zoo.
+        older: entries of its index before; licence, source and mirrors are kept.
+
+    Raises:
+        InputError: a network has no card.
+        OSError: the index cannot be written.
+    """
+    entries = [_entry(path.parent, older.get(path.parent.name)) for path in sorted(folder.glob("*/last_model.th"))]
+    write_index(folder, entries)
+    return entries
+
+
+def _entry(folder: Path, older: Entry | None) -> Entry:
+    card = read_card(folder / FILES["network"])
+    if card is None:
+        raise InputError(f"{folder / FILES['network']}: no card beside it")
+    names = {part: folder / name for part, name in FILES.items()}
+    if (folder / GENERATORS).exists():
+        names["trigger"] = folder / GENERATORS
+    files = {
+        part: {
+            "file": f"{folder.name}/{path.name}",
+            "sha256": sha256_of(path),
+            "bytes": path.stat().st_size,
+            "mirrors": older.files.get(part, {}).get("mirrors", []) if older else [],
+        }
+        for part, path in names.items()
+        if path.exists()
+    }
+    known = {name: value for name, value in card.items() if name not in ("card_version", "sha256")}
+    if older:
+        return replace(older, files=files, card=known)
+    return Entry(folder.name, files, known, "measured", "MIT", "trained by this project")
+
+
+def verify(zoo: Zoo, entry: Entry, load: Load, images: int | None) -> tuple[dict[str, float], bool]:
+    """Measure a network again.
+
+    Args:
+        zoo, entry: which.
+        load: loads a dataset by its name.
+        images: how many of the test images; None for all.
+
+    Returns:
+        The figures in percent, and whether they are those of the card; on a part of the images within three standard
+        errors.
+
+    Raises:
+        InputError: a file cannot be had, or is another one.
+    """
+    network, card = read_network(zoo.file(entry, "network"))
+    trigger = zoo.file(entry, "trigger") if "trigger" in entry.files else None
+    test = load(card["dataset"]).test
+    if images is not None and images < len(test):
+        test = test[torch.arange(images)]
+    found, said = measure(network, card, trigger, test), entry.card["metrics"]
+    allowed = {name: TOLERANCE + (_errors(value, images) if images else 0) for name, value in said.items()}
+    same = found.keys() == said.keys() and all(abs(found[name] - said[name]) <= allowed[name] for name in found)
+    return found, same
+
+
+def _errors(percent: float, images: int) -> float:
+    """Return three standard errors of a share of some images, in percentage points; of 1 % or 99 % at the ends."""
+    share = min(max(percent / 100, 0.01), 0.99)
+    return 300 * math.sqrt(share * (1 - share) / images)
+
+
+def export(zoo: Zoo, entries: list[Entry], folder: Path) -> None:
+    """Make a folder that can be uploaded as it is: the files, their cards and an index.
+
+    Raises:
+        InputError: the folder is there already, or a file cannot be had.
+        OSError: the folder cannot be written.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError(f"{folder} is there already and not empty; choose another")
+    for entry in entries:
+        for part, known in entry.files.items():
+            path, target = zoo.file(entry, part), folder / known["file"]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+            if card_path(path).exists():
+                shutil.copyfile(card_path(path), card_path(target))
+    write_index(folder, entries)

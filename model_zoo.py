@@ -1,0 +1,147 @@
+"""The model zoo: networks that --checkpoint, --trigger-info and --mask-file of the scripts take by name.
+
+What there is, and what was measured of it:
+    python model_zoo.py list
+
+Measure networks again and compare with their cards (exit status 1 where one differs):
+    python model_zoo.py verify badnets-0 blend-0
+
+Fetch files that are elsewhere; train one again from its card; add a run of one's own; make a folder to upload, which
+others then use with --zoo-index:
+    python model_zoo.py fetch badnets-0 --zoo-index https://example.org/my-zoo/index.json
+    python model_zoo.py retrain badnets-0 --output-dir save/again
+    python model_zoo.py add save/mine mine --zoo-index my-zoo
+    python model_zoo.py export upload/ badnets-0 blend-0
+"""
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from utils.console import prepare_process
+
+    prepare_process()
+
+import argparse
+import shlex
+from functools import partial
+from pathlib import Path
+
+import train_backdoor_cifar
+from data.datasets import FolderConfig, load_dataset
+from formats.cards import read_card
+from formats.zoo import INDEX, Entry, ZooConfig, locate, open_zoo
+from formats.zoo_upkeep import add, export, reindex, verify
+from utils.config import add_flags, from_flags, make_parser
+from utils.console import announce, leave
+from utils.errors import InputError
+from utils.guard import guard
+
+ROW = "{:<16} {:<16} {:<11} {:>6} {:>8} {:>8}  {}"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the zoo."""
+    parser = make_parser(__doc__)
+    commands = parser.add_subparsers(dest="action", required=True, metavar="COMMAND")
+    for name, words in (
+        ("list", "what there is"),
+        ("fetch", "have the files of networks here"),
+        ("verify", "measure networks and compare with their cards"),
+        ("retrain", "carry out the command of a card again and compare"),
+        ("add", "copy a finished run into a zoo, in half precision"),
+        ("index", "write the index of a zoo anew from its folders"),
+        ("export", "make a folder to upload"),
+    ):
+        command = commands.add_parser(name, help=words)
+        if name in ("add", "export"):
+            command.add_argument("folder", type=Path, help={"add": "output folder of the run"}.get(name, "to be made"))
+        if name in ("retrain", "add"):
+            command.add_argument("name", help="of the network")
+        if name in ("fetch", "verify", "export"):
+            command.add_argument("names", nargs="*", help="of networks (default: all)")
+        if name == "verify":
+            command.add_argument("--images", type=int, metavar="N", help="test images to use (default: all)")
+        if name == "retrain":
+            command.add_argument("--output-dir", required=True, metavar="DIR", help="folder of the run")
+        add_flags(command, FolderConfig)
+        add_flags(command, ZooConfig)
+    return parser
+
+
+def show(entries: dict[str, Entry]) -> None:
+    """Print one line for each network."""
+    announce(ROW.format("name", "attack", "network", "width", "C-Acc %", "ASR %", "figures, licence, source"))
+    for entry in entries.values():
+        card = entry.card
+        attack, metrics = (card.get("attack") or {}).get("poison_type", "-"), card.get("metrics", {})
+        figures = (metrics.get(name, "-") for name in ("clean_accuracy", "attack_success_rate"))
+        origin = f"{entry.figures}, {entry.licence}, {entry.source}"
+        announce(ROW.format(entry.name, attack, card.get("arch", "-"), card.get("widen_factor", "-"), *figures, origin))
+
+
+def retrain(entry: Entry, args: argparse.Namespace) -> bool:
+    """Train a network again as its card says; return whether C-Acc and ASR are the same to half a point.
+
+    Raises:
+        InputError: the card names no command of step 1.
+    """
+    words = shlex.split(entry.card.get("command", ""))
+    if words[:2] != ["python", "train_backdoor_cifar.py"]:
+        raise InputError(f"{entry.name}: its card names no command of train_backdoor_cifar.py")
+    flags, others = [], iter(words[2:])
+    for word in others:
+        if word in ("--output-dir", "--data-dir", "--export-poisoned", "--poisoned-dir", "--model", "--split-file"):
+            value = next(others, None)
+            if word not in ("--output-dir", "--data-dir"):
+                raise InputError(f"{entry.name}: its command reads or writes {value}, which a card must not decide")
+        elif word == "--clb-surrogate":
+            surrogate = Path(next(others)).parent.name  # a run of the same name as a network of the zoo
+            flags += [word, str(locate(surrogate, "network", from_flags(ZooConfig, args)))]
+        elif word not in ("--resume", "--overwrite"):
+            flags.append(word)
+    flags += ["--output-dir", args.output_dir, "--data-dir", args.data_dir, "--resume"]
+    announce(f"python train_backdoor_cifar.py {shlex.join(flags)}")
+    if train_backdoor_cifar.main(flags):
+        return False
+    found = (read_card(Path(args.output_dir, "last_model.th")) or {})["metrics"]
+    said = entry.card.get("metrics_before_rounding", entry.card["metrics"])
+    announce(f"{entry.name}: {found}, its card says {said}")
+    return found.keys() == said.keys() and all(abs(found[name] - said[name]) <= 0.5 for name in found)
+
+
+def work(args: argparse.Namespace, differing: list[str]) -> None:
+    """Carry out the command; networks that are not as their cards say are added to ``differing``."""
+    config = from_flags(ZooConfig, args)
+    load = partial(load_dataset, root=args.data_dir)
+    if args.action in ("add", "index"):
+        base = Path(config.zoo_index) if config.zoo_index else INDEX.parent
+        if args.action == "add":
+            announce(f"{base / args.name}: {add(args.folder, base / args.name, load)}")
+        entries = reindex(base, open_zoo(config).entries if (base / INDEX.name).exists() else {})
+        announce(f"{base / INDEX.name}: {len(entries)} networks")
+        return
+    zoo = open_zoo(config)
+    chosen = [zoo.find(name) for name in getattr(args, "names", None) or zoo.entries]
+    if args.action == "list":
+        show(zoo.entries)
+    elif args.action == "fetch":
+        for entry in chosen:
+            announce(f"{entry.name}: {', '.join(str(zoo.file(entry, part)) for part in entry.files)}")
+    elif args.action == "verify":
+        for entry in chosen:
+            found, same = verify(zoo, entry, load, args.images)
+            announce(f"{entry.name}: {found}" + ("" if same else f", but the card says {entry.card['metrics']}"))
+            differing += [] if same else [entry.name]
+    elif args.action == "retrain":
+        differing += [] if retrain(zoo.find(args.name), args) else [args.name]
+    else:
+        export(zoo, chosen, args.folder)
+        announce(f"{args.folder}: {len(chosen)} networks; use it with --zoo-index {args.folder}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    args, differing = build_parser().parse_args(argv), []
+    return guard(partial(work, args, differing), "zoo") or int(bool(differing))
+
+
+if __name__ == "__main__":
+    leave(main())
