@@ -27,11 +27,10 @@ from pathlib import Path
 import train_backdoor_cifar
 from data.datasets import FolderConfig, load_dataset
 from formats.cards import read_card
-from formats.zoo import INDEX, Entry, ZooConfig, locate, open_zoo
-from formats.zoo_upkeep import add, export, reindex, verify
+from formats.zoo import INDEX, Entry, Zoo, ZooConfig, open_zoo
+from formats.zoo_upkeep import add, export, reindex, training_flags, verify
 from utils.config import add_flags, from_flags, make_parser
 from utils.console import announce, leave
-from utils.errors import InputError
 from utils.guard import guard
 
 ROW = "{:<16} {:<16} {:<11} {:>6} {:>8} {:>8}  {}"
@@ -66,37 +65,22 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def show(entries: dict[str, Entry]) -> None:
-    """Print one line for each network."""
+def show(zoo: Zoo) -> None:
+    """Print one line for each network and each folder."""
     announce(ROW.format("name", "attack", "network", "width", "C-Acc %", "ASR %", "figures, licence, source"))
-    for entry in entries.values():
+    for entry in zoo.entries.values():
         card = entry.card
         attack, metrics = (card.get("attack") or {}).get("poison_type", "-"), card.get("metrics", {})
         figures = (metrics.get(name, "-") for name in ("clean_accuracy", "attack_success_rate"))
         origin = f"{entry.figures}, {entry.licence}, {entry.source}"
         announce(ROW.format(entry.name, attack, card.get("arch", "-"), card.get("widen_factor", "-"), *figures, origin))
+    for folder in zoo.folders.values():
+        announce(f"{folder.name}/FILE: {folder.about}; licence: {folder.licence}; fetch {folder.name} fetches it")
 
 
 def retrain(entry: Entry, args: argparse.Namespace) -> bool:
-    """Train a network again as its card says; return whether C-Acc and ASR are the same to half a point.
-
-    Raises:
-        InputError: the card names no command of step 1.
-    """
-    words = shlex.split(entry.card.get("command", ""))
-    if words[:2] != ["python", "train_backdoor_cifar.py"]:
-        raise InputError(f"{entry.name}: its card names no command of train_backdoor_cifar.py")
-    flags, others = [], iter(words[2:])
-    for word in others:
-        if word in ("--output-dir", "--data-dir", "--export-poisoned", "--poisoned-dir", "--model", "--split-file"):
-            value = next(others, None)
-            if word not in ("--output-dir", "--data-dir"):
-                raise InputError(f"{entry.name}: its command reads or writes {value}, which a card must not decide")
-        elif word == "--clb-surrogate":
-            surrogate = Path(next(others)).parent.name  # a run of the same name as a network of the zoo
-            flags += [word, str(locate(surrogate, "network", from_flags(ZooConfig, args)))]
-        elif word not in ("--resume", "--overwrite"):
-            flags.append(word)
+    """Train a network again as its card says; return whether C-Acc and ASR are the same to half a point."""
+    flags = training_flags(entry, from_flags(ZooConfig, args))
     flags += ["--output-dir", args.output_dir, "--data-dir", args.data_dir, "--resume"]
     announce(f"python train_backdoor_cifar.py {shlex.join(flags)}")
     if train_backdoor_cifar.main(flags):
@@ -115,14 +99,18 @@ def work(args: argparse.Namespace, differing: list[str]) -> None:
         base = Path(config.zoo_index) if config.zoo_index else INDEX.parent
         if args.action == "add":
             announce(f"{base / args.name}: {add(args.folder, base / args.name, load)}")
-        entries = reindex(base, open_zoo(config).entries if (base / INDEX.name).exists() else {})
+        entries = reindex(base, open_zoo(config) if (base / INDEX.name).exists() else None)
         announce(f"{base / INDEX.name}: {len(entries)} networks")
         return
     zoo = open_zoo(config)
-    chosen = [zoo.find(name) for name in getattr(args, "names", None) or zoo.entries]
+    names = getattr(args, "names", None) or [*zoo.entries]
+    chosen = [zoo.find(name) for name in names if args.action != "fetch" or name not in zoo.folders]
     if args.action == "list":
-        show(zoo.entries)
+        show(zoo)
     elif args.action == "fetch":
+        for folder in (zoo.folders[name] for name in names if name in zoo.folders):
+            for path in zoo.fetch_folder(folder):
+                announce(f"--checkpoint {path.relative_to(zoo.cache)}: {path}")
         for entry in chosen:
             announce(f"{entry.name}: {', '.join(str(zoo.file(entry, part)) for part in entry.files)}")
     elif args.action == "verify":

@@ -84,6 +84,48 @@ def fetch_latest(source: str, target: Path, limit: int) -> Path:
     return target
 
 
+def fetch_folder(identity: str, target: Path, cache: Path) -> list[Path]:
+    """Fetch a public folder of Google Drive; files that are there already are kept.
+
+    Args:
+        identity: of the folder.
+        target: where its files shall lie.
+        cache: as for ``fetch``.
+
+    Returns:
+        All files that lie there then.
+
+    Raises:
+        InputError: the folder cannot be fetched, or a file is another one than the first time.
+        OSError: as ``fetch``.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    gdown = _optional("gdown")
+    with filelock.FileLock(cache / ".lock"):
+        try:
+            gdown.download_folder(id=identity, output=str(target), resume=True)
+        except Exception as error:  # as in _download
+            if isinstance(error, OSError) and error.errno in FULL:
+                raise
+            raise InputError(
+                f"cannot fetch the folder {identity} of Google Drive: {_one_line(error)}; put its files by hand into "
+                f"{target.absolute()}"
+            ) from error
+        return [_seen(path, cache) for path in sorted(target.rglob("*")) if path.is_file()]
+
+
+def _seen(path: Path, cache: Path) -> Path:
+    """Check a file whose sha256 nobody names, and return its path; raises ``InputError`` as ``fetch``."""
+    wanted = Wanted(path, ())
+    _check(path, wanted, str(path))
+    _compare_with_first(wanted, cache)
+    return path
+
+
+def _one_line(error: Exception) -> str:
+    return shorten(" ".join(str(error).split()) or type(error).__name__)
+
+
 def _fetch_anew(wanted: Wanted, limit: int = INPUT_LIMIT) -> None:
     part, reasons = wanted.target.with_name(f".{wanted.target.name}.part"), []
     for source in wanted.sources:
@@ -136,7 +178,7 @@ def _download(source: str, part: Path, limit: int) -> None:
     except Exception as error:  # libraries for the network raise whatever they like
         if isinstance(error, OSError) and error.errno in FULL:
             raise
-        raise InputError(f"{source}: {shorten(' '.join(str(error).split()) or type(error).__name__)}") from error
+        raise InputError(f"{source}: {_one_line(error)}") from error
 
 
 def _from_web(source: str, part: Path, limit: int) -> None:

@@ -9,13 +9,14 @@ import difflib
 import hashlib
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urljoin
 
 from formats.cards import CARD_VERSION, wrong_entry
-from formats.fetch import Wanted, fetch, fetch_latest
+from formats.fetch import Wanted, fetch, fetch_folder, fetch_latest
 from utils.config import Config, InputFile, given_flags, setting
 from utils.errors import InputError, quote
 from utils.files import JSON_LIMIT, as_json, card_path, read_json, sha256_of, write_bytes
@@ -68,18 +69,36 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Folder:
+    """A folder of networks that somebody else published, without an index; ``NAME/FILE`` is a file in it.
+
+    Attributes:
+        name: of the folder.
+        drive: its id on Google Drive.
+        about, licence: what is in it, and on which terms.
+    """
+
+    name: str
+    drive: str
+    about: str
+    licence: str
+
+
+@dataclass(frozen=True)
 class Zoo:
     """An index and where it lies.
 
     Attributes:
         base: folder or address to which the paths in it are relative.
         cache: folder for files that are not beside the index.
-        entries: by name.
+        entries: networks by name.
+        folders: of others, by name.
     """
 
     base: str
     cache: Path
     entries: dict[str, Entry]
+    folders: dict[str, Folder]
 
     def find(self, name: str) -> Entry:
         """Return an entry.
@@ -116,6 +135,26 @@ class Zoo:
             write_bytes(card_path(path), as_json(card))
         return path
 
+    def fetch_folder(self, folder: Folder) -> list[Path]:
+        """Return the files of a folder, fetched if need be; raises as ``formats.fetch.fetch_folder``."""
+        return fetch_folder(folder.drive, self.cache / folder.name, self.cache)
+
+    def file_of_folder(self, given: str) -> Path:
+        """Return a file of a folder that was fetched, or put there by hand.
+
+        Args:
+            given: ``NAME/FILE``.
+
+        Raises:
+            InputError: it is not there, or another one than the first time.
+        """
+        path, folder = self.cache / given, self.cache / given.partition("/")[0]
+        if path.is_file() and folder.resolve() in path.resolve().parents:
+            return fetch(Wanted(path, ()), self.cache)
+        files = sorted(str(each.relative_to(self.cache)) for each in folder.rglob("*.th"))
+        there = f"there are {', '.join(files[:8])}" if files else f"python model_zoo.py fetch {folder.name} fetches it"
+        raise InputError(f"{given}: not in {folder}; {there}")
+
 
 def _is_address(place: str) -> bool:
     return bool(_ADDRESS.fullmatch(place))
@@ -134,12 +173,12 @@ def open_zoo(config: ZooConfig) -> Zoo:
     place = config.zoo_index or str(INDEX)
     if _is_address(place):
         path = config.cache / f"zoo-{_short_digest(place)}" / INDEX.name
-        return Zoo(place, config.cache, _read_index(fetch_latest(place, path, JSON_LIMIT)))
+        return Zoo(place, config.cache, *_read_index(fetch_latest(place, path, JSON_LIMIT)))
     path = Path(place, INDEX.name) if Path(place).is_dir() else Path(place)
-    return Zoo(str(path.parent), config.cache, _read_index(path))
+    return Zoo(str(path.parent), config.cache, *_read_index(path))
 
 
-def _read_index(path: Path) -> dict[str, Entry]:
+def _read_index(path: Path) -> tuple[dict[str, Entry], dict[str, Folder]]:
     content = read_json(path)
     if content.get("index_version") != INDEX_VERSION or not isinstance(content.get("networks"), dict):
         raise InputError(f"{path}: not an index of version {INDEX_VERSION}: it needs index_version and networks")
@@ -149,7 +188,17 @@ def _read_index(path: Path) -> dict[str, Entry]:
         if fault:
             raise InputError(f"{path}: the entry {quote(name)} is wrong: {fault}")
         entries[name] = Entry(name, **known)
-    return entries
+    return entries, _read_folders(path, content.get("folders", {}))
+
+
+def _read_folders(path: Path, content: Any) -> dict[str, Folder]:
+    folders = {}
+    for name, known in content.items() if isinstance(content, dict) else [("", None)]:
+        is_right = isinstance(known, dict) and known.keys() == {"drive", "about", "licence"}
+        if not is_right or not _NAME.fullmatch(name) or not all(isinstance(value, str) for value in known.values()):
+            raise InputError(f"{path}: the folder {quote(name)} is wrong: it needs drive, about and licence")
+        folders[name] = Folder(name, **known)
+    return folders
 
 
 def _fault_of(name: str, known: Any) -> str | None:
@@ -206,9 +255,14 @@ def locate(given: str, part: str, config: ZooConfig) -> Path:
         name = name if _NAME.fullmatch(name) else "file"
         target = config.cache / "addresses" / _short_digest(given) / name
         return fetch(Wanted(target, (given,)), config.cache)
-    if not _NAME.fullmatch(given):
+    first = given.partition("/")[0]
+    if not _NAME.fullmatch(first):
         return Path(given)  # whoever reads it says what is wrong
     zoo = open_zoo(config)
+    if first in zoo.folders and first != given:
+        return zoo.file_of_folder(given)
+    if first != given:
+        return Path(given)
     if given not in zoo.entries and Path(given).suffix:
         return Path(given)
     return zoo.file(zoo.find(given), part)
@@ -223,7 +277,11 @@ def locate_inputs(args: argparse.Namespace) -> None:
             setattr(args, flag, InputFile(locate(given, part, config)))
 
 
-def write_index(folder: Path, entries: list[Entry]) -> None:
-    """Write the index of a folder; raises ``OSError`` where it cannot be written."""
-    networks = {entry.name: {k: v for k, v in asdict(entry).items() if k != "name"} for entry in entries}
-    write_bytes(folder / INDEX.name, as_json({"index_version": INDEX_VERSION, "networks": networks}))
+def write_index(place: Path, entries: Iterable[Entry], folders: Iterable[Folder] = ()) -> None:
+    """Write the index of a zoo that lies in a folder; raises ``OSError`` where it cannot be written."""
+    named = [
+        {each.name: {k: v for k, v in asdict(each).items() if k != "name"} for each in group}
+        for group in (entries, folders)
+    ]
+    content = {"index_version": INDEX_VERSION, "networks": named[0], "folders": named[1]}
+    write_bytes(place / INDEX.name, as_json(content))

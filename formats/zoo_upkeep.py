@@ -1,6 +1,7 @@
 """How networks get into a zoo and out of it again, and what is measured of them there."""
 
 import math
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +17,7 @@ from formats.cards import read_card, save_with_card
 from formats.checkpoints import load_strictly, read_state_dict
 from formats.network import build_network, settle_model
 from formats.trigger_file import load_trigger_for
-from formats.zoo import Entry, Zoo, write_index
+from formats.zoo import Entry, Zoo, ZooConfig, locate, write_index
 from utils.errors import InputError
 from utils.files import card_path, check_file, sha256_of
 
@@ -24,6 +25,7 @@ FILES = {"network": "last_model.th", "trigger": "trigger_info.th", "masks": "mas
 GENERATORS = "generators.th"  # the trigger of input-aware attacks: trigger_info.th holds one for each test image
 NEEDED = {"arch", "widen_factor", "num_classes", "dataset", "normalization", "metrics"}  # of a card
 TOLERANCE = 0.05  # percentage points between a card and what is measured: a few images, by another processor
+FILE_FLAGS = ("--export-poisoned", "--poisoned-dir", "--model", "--split-file", "--zoo-index", "--cache-dir")
 Load = Callable[[str], Dataset]
 
 
@@ -100,19 +102,20 @@ def _copy_trigger(source: Path, target: Path) -> Path | None:
     return None
 
 
-def reindex(folder: Path, older: dict[str, Entry]) -> list[Entry]:
+def reindex(folder: Path, older: Zoo | None) -> list[Entry]:
     """Write the index of a folder from what lies in it; return its entries.
 
     Args:
         folder: of the zoo.
-        older: entries of its index before; licence, source and mirrors are kept.
+        older: what its index said before; licences, sources, mirrors and folders of others are kept.
 
     Raises:
         InputError: a network has no card.
         OSError: the index cannot be written.
     """
-    entries = [_entry(path.parent, older.get(path.parent.name)) for path in sorted(folder.glob("*/last_model.th"))]
-    write_index(folder, entries)
+    known = older.entries if older else {}
+    entries = [_entry(path.parent, known.get(path.parent.name)) for path in sorted(folder.glob("*/last_model.th"))]
+    write_index(folder, entries, older.folders.values() if older else ())
     return entries
 
 
@@ -169,6 +172,29 @@ def _errors(percent: float, images: int) -> float:
     """Return three standard errors of a share of some images, in percentage points; of 1 % or 99 % at the ends."""
     share = min(max(percent / 100, 0.01), 0.99)
     return 300 * math.sqrt(share * (1 - share) / images)
+
+
+def training_flags(entry: Entry, config: ZooConfig) -> list[str]:
+    """Return the flags of step 1 with which a network was trained, but for those that name folders of the run.
+
+    Raises:
+        InputError: its card names no command of step 1, or one that reads or writes more.
+    """
+    words = shlex.split(entry.card.get("command", ""))
+    if words[:2] != ["python", "train_backdoor_cifar.py"]:
+        raise InputError(f"{entry.name}: its card names no command of train_backdoor_cifar.py")
+    flags, rest = [], iter(words[2:])
+    for word in rest:
+        if word in FILE_FLAGS:
+            raise InputError(f"{entry.name}: its card names {word}, and a card must not decide what is read or written")
+        if word in ("--output-dir", "--data-dir"):
+            next(rest, None)
+        elif word == "--clb-surrogate":
+            surrogate = Path(next(rest, "")).parent.name  # a run of the same name as a network of the zoo
+            flags += [word, str(locate(surrogate, "network", config))]
+        elif word not in ("--resume", "--overwrite"):
+            flags.append(word)
+    return flags
 
 
 def export(zoo: Zoo, entries: list[Entry], folder: Path) -> None:

@@ -2,10 +2,12 @@
 
 import json
 import shutil
+import sys
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -214,6 +216,8 @@ FAULTS = {
     "figures": (("networks", "mine", "figures"), "guessed", "expected measured or published"),
     "card": (("networks", "mine", "card", "widen_factor"), "wide", "widen_factor is 'wide'"),
     "licence": (("networks", "mine", "licence"), None, "licence is None"),
+    "folders": (("folders",), [], "it needs drive, about and licence"),
+    "folder": (("folders",), {"a": {"drive": 1, "about": "", "licence": ""}}, "the folder 'a' is wrong"),
     "name": (("networks", "../mine"), {}, "a name has letters"),
 }
 
@@ -238,8 +242,8 @@ def test_training_again_from_a_card(zoo, tmp_path, capsys):
     ("command", "message"),
     [
         ("rm -rf /", "names no command of train_backdoor_cifar.py"),
-        ("python train_backdoor_cifar.py --model net.py:build", "which a card must not decide"),
-        ("python train_backdoor_cifar.py --export-poisoned somewhere", "which a card must not decide"),
+        ("python train_backdoor_cifar.py --model net.py:build", "a card must not decide"),
+        ("python train_backdoor_cifar.py --export-poisoned somewhere", "a card must not decide"),
     ],
 )
 def test_commands_of_a_card_that_are_not_carried_out(zoo, tmp_path, capsys, command, message):
@@ -330,3 +334,59 @@ def test_the_zoo_is_small_and_its_index_names_all_of_it():
 @pytest.mark.real_data
 def test_a_network_measures_what_its_card_says(data_dir):
     assert model_zoo.main(["verify", "badnets-0", "--images", "2000", "--data-dir", data_dir]) == 0
+
+
+@pytest.fixture
+def folder(zoo, tmp_path, monkeypatch):
+    """A zoo that names a folder on Google Drive, and a stand-in for the library that fetches it."""
+    change(zoo / "index.json", "folders", value={"theirs": {"drive": "1AbC", "about": "two networks", "licence": "?"}})
+    calls = []
+
+    def download_folder(id, output, resume):
+        calls.append((id, resume))
+        (Path(output) / "BadNets").mkdir(exist_ok=True)
+        shutil.copyfile(zoo / "mine/last_model.th", Path(output) / "BadNets/net.th")
+
+    monkeypatch.setitem(sys.modules, "gdown", SimpleNamespace(download_folder=download_folder))
+    return ["--zoo-index", str(zoo), "--cache-dir", str(tmp_path / "cache")], calls
+
+
+def test_a_folder_of_others_is_fetched_and_recorded(folder, tmp_path, capsys):
+    flags, calls = folder
+    network = ["--checkpoint", "theirs/BadNets/net.th", "--dataset", "tiny"]
+    network += ["--arch", "resnet18", "--widen-factor", "0.125", *flags]
+    assert evaluate_cifar.main(network) == 1
+    assert "model_zoo.py fetch theirs fetches it" in capsys.readouterr().err
+    assert model_zoo.main(["fetch", "theirs", *flags]) == 0
+    shown = capsys.readouterr().out
+    assert calls == [("1AbC", True)] and "--checkpoint theirs/BadNets/net.th" in shown and "recorded" in shown
+    assert evaluate_cifar.main(network) == 0
+    assert evaluate_cifar.main([network[0], "theirs/BadNets/other.th", *network[2:]]) == 1
+    assert "there are theirs/BadNets/net.th" in capsys.readouterr().err
+    (tmp_path / "cache/theirs/BadNets/net.th").write_bytes(b"replaced")
+    assert evaluate_cifar.main(network) == 1
+    assert "when it was first seen" in capsys.readouterr().err
+
+
+def test_a_file_put_by_hand_into_the_folder_is_found(folder, zoo, tmp_path, capsys):
+    flags, calls = folder
+    (tmp_path / "cache/theirs").mkdir(parents=True)
+    shutil.copyfile(zoo / "mine/last_model.th", tmp_path / "cache/theirs/net.th")
+    network = ["--checkpoint", "theirs/net.th", "--dataset", "tiny", "--arch", "resnet18", "--widen-factor", "0.125"]
+    assert evaluate_cifar.main([*network, *flags]) == 0 and not calls
+    assert evaluate_cifar.main(["--checkpoint", "theirs/../../zoo/mine/last_model.th", *flags]) == 1
+    assert "not in" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_fetched(folder, monkeypatch, capsys):
+    def download_folder(**arguments):
+        raise RuntimeError("Too many users\nhave viewed it")
+
+    monkeypatch.setitem(sys.modules, "gdown", SimpleNamespace(download_folder=download_folder))
+    assert model_zoo.main(["fetch", "theirs", *folder[0]]) == 1
+    assert "Too many users have viewed it; put its files by hand into" in capsys.readouterr().err
+
+
+def test_the_index_keeps_folders_of_others(folder, zoo):
+    assert model_zoo.main(["index", "--zoo-index", str(zoo)]) == 0
+    assert [*open_zoo(ZooConfig(zoo_index=str(zoo))).folders] == ["theirs"]
