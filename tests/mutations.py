@@ -1018,6 +1018,60 @@ MUTATIONS = [
             "test_faults.py -k gigabytes",
         ),
     ),
+    *_of(
+        "formats/fetch.py",
+        (
+            "fetch: sizes are not compared",
+            "if wanted.size is not None and size != wanted.size:",
+            "if False:",
+            "test_fetch.py -k misbehaves",
+        ),
+        (
+            "fetch: digests are not compared",
+            "if wanted.sha256 is not None and found != wanted.sha256:",
+            "if False:",
+            "test_fetch.py -k misbehaves",
+        ),
+        ("fetch: pages are kept", "if start.startswith(PAGE_STARTS):", "if False:", "test_fetch.py -k misbehaves"),
+        ("fetch: a file without end", "if self.left < 0:", "if False:", "test_fetch.py -k latest"),
+        ("fetch: what is wrong is kept", "part.unlink(missing_ok=True)", "pass", "test_fetch.py -k misbehaves"),
+        ("fetch: nothing is remembered", "if found != expected:", "if False:", "test_fetch.py -k recorded"),
+    ),
+    *_of(
+        "formats/zoo.py",
+        ("zoo: files are not compared", 'if found != known["sha256"]:', "if False:", "test_zoo.py -k of_the_index"),
+        (
+            "zoo: paths lead out of the index",
+            "not all(_NAME.fullmatch(step) for step in place.parts)",
+            "False",
+            "test_zoo.py -k fault",
+        ),
+        (
+            "zoo: paths lead out of a folder",
+            "and folder.resolve() in path.resolve().parents",
+            "",
+            "test_zoo.py -k put_by_hand",
+        ),
+        ("zoo: names before files", "if os.path.lexists(given):", "if False:", "test_zoo.py -k goes_first"),
+    ),
+    *_of(
+        "formats/zoo_upkeep.py",
+        ("zoo: cards decide what is written", "if word in FILE_FLAGS:", "if False:", "test_zoo.py -k not_carried_out"),
+        ("zoo: any figure is right", "<= allowed[name] for", ">= 0 for", "test_zoo.py -k something_else"),
+    ),
+    *_of(
+        "formats/network.py",
+        ("own network: a card names the code", 'if "model" in card:', "if False:", "test_own_network.py -k never_run"),
+    ),
+    *_of(
+        "utils/identity.py",
+        (
+            "own network: another function is the same",
+            'f"{files[name]} {value.function}"',
+            "files[name]",
+            "test_own_network.py -k another_run",
+        ),
+    ),
 ]
 
 
