@@ -90,7 +90,7 @@ def compact(network: nn.Module, size: tuple[int, ...]) -> Compaction:
     inputs = torch.randn(CHECKED_IMAGES, *size, generator=seeded_generator(0, "compact"), dtype=torch.float64)
     difference = _difference(original, smaller, inputs.to(weights))
     if difference:
-        return Compaction(original, 0, f"the smaller network computes something else ({difference})")
+        return Compaction(original, 0, f"the smaller network {difference}")
     return Compaction(smaller, dropped, None)
 
 
@@ -312,7 +312,8 @@ def _difference(network: nn.Module, other: nn.Module, inputs: Tensor) -> str | N
             limit = TOLERANCE * torch.finfo(expected.dtype).eps * expected.abs().max()
             worst = (found - expected).abs().max()
             if not worst <= limit:
-                return f"by up to {worst:.1e}"
+                return f"computes something else (by up to {worst:.1e})"
     except Exception as error:  # the network's own code, which may fail in any way
-        return f"{type(error).__name__}: {shorten(str(error).partition(chr(10))[0])}"
+        reason = shorten(str(error).partition("\n")[0])
+        return f"cannot be compared ({type(error).__name__}: {reason})"
     return None
