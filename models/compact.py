@@ -178,8 +178,8 @@ def _is_channelwise(layer: nn.Module | None, width: int, flat: bool) -> bool:
 def _keeps_constants(node: Node, layer: nn.Module | None) -> bool:
     """Say whether a pool of a constant is that constant; padded zeros are averaged along, but never a maximum."""
     settings = node.kwargs if layer is None else vars(layer)
-    padded = settings.get("padding", 0) not in (0, (0,), (0, 0), (0, 0, 0)) or len(node.args) > 3
     averages = (node.target if layer is None else type(layer)) in _AVERAGES
+    padded = settings.get("padding", 0) not in (0, (0,), (0, 0), (0, 0, 0)) or len(node.args) > 3
     return not settings.get("return_indices") and not (averages and (padded or settings.get("divisor_override")))
 
 
@@ -212,17 +212,14 @@ def _size_index(node: Node, x: Node) -> Any:
 
 def _reads_size(node: Node, x: Node) -> bool:
     """Say whether a node only reads sizes of x other than the number of channels."""
-    entries = list(node.users) if _is_shape(node, x) else [node]
-    for entry in entries:
-        index = _size_index(entry, x)
-        if isinstance(index, slice):
-            index = index.start if index.step is None else None
-            fits = isinstance(index, int) and index >= 2
-        else:
-            fits = isinstance(index, int) and (index == 0 or index >= 2)
-        if not fits:
-            return False
-    return True
+    entries = node.users if _is_shape(node, x) else [node]
+    indices = [_size_index(entry, x) for entry in entries]
+    return all(_is_past_channels(index) for index in indices)
+
+
+def _is_past_channels(index: Any) -> bool:
+    first = index.start if isinstance(index, slice) and index.step is None else index
+    return index == 0 or (isinstance(first, int) and first >= 2)
 
 
 @torch.no_grad()
@@ -259,8 +256,10 @@ def _compact_chain(network: nn.Module, chain: Chain, values: Tensor) -> int:
         kept = values.nan_to_num(0, 0, 0).abs().argmax()
         shares = torch.where(constant, values / values[kept], 0).double()
         for path in chain.last:
-            weight = _by_channel(network.get_submodule(path), chain.width)  # (out, C, ...)
+            layer = network.get_submodule(path)
+            weight = _by_channel(layer, chain.width).clone()  # (out, C, ...); another layer may share it
             weight[:, kept] = torch.einsum("oc...,c->o...", weight.double(), shares).to(weight)
+            _replace(layer, "weight", weight.flatten(1, 2))
         keep[kept] = True
     if not keep.any():
         keep[0] = True
@@ -269,8 +268,8 @@ def _compact_chain(network: nn.Module, chain: Chain, values: Tensor) -> int:
 
 
 def _by_channel(layer: nn.Module, width: int) -> Tensor:
-    """Return the weights with the channels that a layer takes in as second dimension, a view."""
-    return layer.weight.data.unflatten(1, (width, -1))
+    """Return a layer's weights with the channels that it takes in, and what it takes of each, as dimensions 1 and 2."""
+    return layer.weight.detach().unflatten(1, (width, -1))
 
 
 def _keep(network: nn.Module, chain: Chain, kept: Tensor) -> None:

@@ -162,6 +162,7 @@ FORWARDS = {
     "pool to sizes": lambda self, x: (lambda y: self.few(F.avg_pool2d(y, y.shape[2:]).flatten(1)))(
         F.relu(self.norm(self.conv(x)))
     ),
+    "sizes": lambda self, x: (lambda y: self.head(y) * y.size(2) + y.shape[0])(F.relu(self.norm(self.conv(x)))),
     "layer called by keyword elsewhere": lambda self, x: self.head(F.relu(self.norm(self.conv(input=x)))),
 }
 
@@ -186,6 +187,8 @@ LEFT = {
     "concatenated": lambda self, x: self.wide(torch.cat([self.norm(self.conv(x)), self.conv(x)], 1)),
     "also returned": lambda self, x: (lambda y: self.head(y).sum() + y)(F.relu(self.norm(self.conv(x)))),
     "number of channels": lambda self, x: (lambda y: self.head(y) * y.shape[1])(F.relu(self.norm(self.conv(x)))),
+    "channels and more": lambda self, x: (lambda y: self.head(y) * y.shape[1:][0])(F.relu(self.norm(self.conv(x)))),
+    "from the back": lambda self, x: (lambda y: self.head(y) * y.size(-3))(F.relu(self.norm(self.conv(x)))),
     "softmax": lambda self, x: self.head(F.softmax(self.norm(self.conv(x)), 1)),
     "shuffled": lambda self, x: self.head(F.relu(self.norm(self.conv(x))).flip(1)),
     "size in numbers": lambda self, x: self.linear(F.relu(self.norm(self.conv(x))).view(-1, 2048)),
@@ -223,6 +226,7 @@ def test_a_weight_of_two_layers_stays_the_weight_of_both():
     network = body(lambda self, x: self.head(F.relu(self.norm(self.conv(x)))) + self.other(self.conv2(x)))
     network.conv2 = nn.Conv2d(3, 8, 3, padding=1).double()
     network.conv2.weight, network.other.weight = network.conv.weight, network.head.weight
+    network.norm.weight.data[:3], network.norm.bias.data[:3] = 0, torch.tensor([1.0, 2.0, 3.0])
     smaller, dropped, _ = compact(network, SIZE)
     assert dropped > 0 and same(network, smaller)
 
