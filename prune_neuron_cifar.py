@@ -9,7 +9,8 @@ paper's 0.2), a fixed --number of neurons, or the last point of the sweep that c
 points of their accuracy.
 
 Writes to the output folder: repaired_model.th and its card, pruning_by_threshold.txt (or pruning_by_number.txt), the
-same as .png, .pdf and _log.jsonl.
+same as .png, .pdf and _log.jsonl; with --compact also compact_model.th and its card, a smaller network of the same
+outputs.
 """
 
 if __name__ == "__main__":  # before the imports below, which take seconds
@@ -20,24 +21,24 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 import argparse
 from functools import partial
 
-from defenses.pruning import Choice, ChoiceConfig, SweepConfig, choose
+from defenses.pruning import ChoiceConfig, SweepConfig, choose
 from engine.drive import drive
-from engine.evaluation import BatchConfig, Report, is_ruined
+from engine.evaluation import BatchConfig, is_ruined
 from engine.memory import check_step, pruning_bytes
 from engine.runtime import RuntimeConfig, choose_runtime
 from engine.sweep import SweepLoop
-from formats.cards import save_with_card
 from formats.mask_file import MaskFileConfig, check_source, read_masks
 from formats.outputs import OUTPUTS
 from formats.plots import plot_sweep
 from formats.pruning_file import write_sweep
-from formats.subject import Subject, add_subject_flags, load_subject, remember
+from formats.repaired import CompactConfig, save_compact, save_repaired
+from formats.subject import add_subject_flags, load_subject, remember
 from formats.zoo import locate_inputs
 from models.neurons import pruned_copy, sort_neurons
 from utils.config import add_flags, add_output_flags, from_flags, make_parser
 from utils.console import announce, leave
 from utils.errors import InputError
-from utils.run import Run, command_line, run_script, versions
+from utils.run import Run, command_line, run_script
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -49,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_flags(group, BatchConfig)
     add_flags(group, SweepConfig)
     add_flags(group.add_mutually_exclusive_group(), ChoiceConfig)
+    add_flags(group, CompactConfig)
     add_flags(parser.add_argument_group("computation"), RuntimeConfig)
     add_output_flags(parser)
     return parser
@@ -63,19 +65,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     except ValueError as error:
         parser.error(str(error))
     return args
-
-
-def save_repaired(run: Run, subject: Subject, loop: SweepLoop, choice: Choice, report: Report) -> None:
-    """Save the repaired network, loadable like the one it came from, and its card."""
-    repair = {
-        "method": "ANP",
-        "chosen": choice.words,
-        "pruned_neurons": choice.point.count,
-        "why": choice.reason,
-    }
-    card = {**subject.card, "repair": repair, "metrics": report.rounded(), "command": run.command}
-    network = pruned_copy(subject.network, loop.neurons[: choice.point.count])
-    save_with_card(run.folder / "repaired_model.th", network.state_dict(), {**card, "versions": versions()})
 
 
 def prune(args: argparse.Namespace, run: Run) -> None:
@@ -100,7 +89,9 @@ def prune(args: argparse.Namespace, run: Run) -> None:
     accuracies = [row.report.defender.accuracy for row in loop.rows]
     choice = choose(neurons, loop.points, accuracies, from_flags(ChoiceConfig, args))
     report = loop.report_of(choice.point)
-    save_repaired(run, subject, loop, choice, report)
+    repair = {"method": "ANP", "chosen": choice.words, "pruned_neurons": choice.point.count, "why": choice.reason}
+    repaired = pruned_copy(subject.network, loop.neurons[: choice.point.count])
+    card = save_repaired(run, subject, repaired, repair, report)
     plot_sweep(run.folder / f"pruning_by_{by}.png", run.log.rows, by, {**loop.describe(choice.point), **report.row()})
     count, total = choice.point.count, len(neurons)
     announce(f"chosen: {choice.words} ({choice.reason}): {count} of {total} neurons, {100 * count / total:.2f} %")
@@ -108,6 +99,8 @@ def prune(args: argparse.Namespace, run: Run) -> None:
     announce(f"after:  {report}")
     if is_ruined(accuracies[0], report.defender.accuracy, subject.clean):
         announce("warning: the repaired network only guesses; prune fewer neurons (--max-acc-drop, --threshold)")
+    if args.compact:
+        save_compact(run.folder, repaired, card, subject, evaluator)
     announce(f"saved {run.folder / 'repaired_model.th'}; {run.seconds:.0f} s")
 
 

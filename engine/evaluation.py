@@ -7,13 +7,13 @@ from dataclasses import astuple, dataclass, fields, replace
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.fx import symbolic_trace
 from torch.fx.experimental.optimization import fuse
 from tqdm import tqdm
 
 from data.augment import normalize
 from data.datasets import ImageSet, Normalization
 from data.triggers import Trigger, attacked_index, triggered_test_set
+from models.tracing import traced
 from utils.config import Config, Range, setting
 
 EVALUATION_BATCH = 500
@@ -128,17 +128,8 @@ def inference_copy(network: nn.Module, precision: torch.dtype) -> nn.Module:
 
 def _folded(network: nn.Module) -> nn.Module | None:
     """Return a folded copy, or None where folding is not possible or would change what is computed."""
-    if any(module._forward_hooks or module._forward_pre_hooks for module in network.modules()):
-        return None  # a folded BatchNorm is gone, and its hooks with it
-    try:
-        traced = symbolic_trace(network)
-    except Exception:  # tracing runs the network's own code on symbols, which may fail in any way
-        return None
-    calls = [node.target for node in traced.graph.nodes if node.op == "call_module"]
-    read = {node.target.rpartition(".")[0] for node in traced.graph.nodes if node.op == "get_attr"}
-    if len(set(calls)) < len(calls) or read & set(calls):
-        return None  # a convolution that is used twice, or whose weights are read, must not absorb a BatchNorm
-    return fuse(traced, no_trace=True)
+    graph = traced(network)
+    return None if graph is None else fuse(graph, no_trace=True)
 
 
 @torch.inference_mode()

@@ -66,6 +66,11 @@ def wrong_entry(card: dict[str, Any]) -> str | None:
     return f"{wrong[0]} is {quote(card[wrong[0]])}" if wrong else None
 
 
+def is_compact(card: dict[str, Any]) -> bool:
+    """Say whether channels were dropped from the network of a card, so that its layers are narrower than built."""
+    return card.get("compact", False)
+
+
 def _is_number_in(within: Range) -> Callable[[Any], bool]:
     return lambda value: type(value) in (int, float) and value in within
 
@@ -102,4 +107,5 @@ _ENTRIES: dict[str, Callable[[Any], bool]] = {
     "normalization": _is_normalization,
     "attack": lambda value: isinstance(value, (dict, NoneType)),
     "split": _is_split,
+    "compact": lambda value: isinstance(value, bool),
 }

@@ -13,11 +13,12 @@ from data.datasets import MEANS, STDS, DataConfig, Dataset, ImageSet, Normalizat
 from data.triggers import Trigger, count_unchanged, triggered_test_set
 from engine.memory import check_memory, on_meta, parameter_bytes
 from engine.runtime import Runtime
-from formats.cards import read_card
-from formats.checkpoints import load_strictly, read_state_dict
+from formats.cards import is_compact, read_card
+from formats.checkpoints import is_dense, load_strictly, read_state_dict
 from formats.trigger_file import load_trigger_for
 from formats.zoo import ZooConfig
 from models import ModelConfig
+from models.compact import shrink
 from utils.config import Config, InputFile, add_flags, from_flags, given_flags, required, setting
 from utils.console import announce
 from utils.errors import InputError, quote, shorten
@@ -104,7 +105,7 @@ def load_network(args: argparse.Namespace, data_dir: str, runtime: Runtime) -> L
         _settled(DataConfig, given_flags(args, DataConfig), path, card).dataset, data_dir, runtime.device
     )
     _check_classes(path, card, dataset)
-    network = build_network(path, state_dict, model, dataset.num_classes)
+    network = build_network(path, state_dict, model, dataset.num_classes, is_compact(card or {}))
     try_own(network, model, dataset.test)
     trigger = load_trigger_for(config.trigger_info, dataset.test) if config.trigger_info else None
     normalization = _normalization(config, card, dataset.normalization)
@@ -222,8 +223,17 @@ def try_own(network: nn.Module, model: ModelConfig, images: ImageSet) -> None:
         raise InputError(f"--model {model}: the network makes {found} of two images, expected logits {wanted}")
 
 
-def build_network(path: str, state_dict: dict[str, Tensor], model: ModelConfig, num_classes: int) -> nn.Module:
+def build_network(
+    path: str, state_dict: dict[str, Tensor], model: ModelConfig, num_classes: int, compact: bool = False
+) -> nn.Module:
     """Build a network on the CPU, in eval mode, and load its weights.
+
+    Args:
+        path: named in the errors.
+        state_dict: its weights.
+        model: what it is.
+        num_classes: number of outputs.
+        compact: whether channels were dropped, which the shapes of the weights then say.
 
     Raises:
         InputError: it cannot be built here, is too large for the memory, or the weights do not fit.
@@ -231,6 +241,8 @@ def build_network(path: str, state_dict: dict[str, Tensor], model: ModelConfig, 
     advice = "look at --widen-factor or the card"
     check_memory(parameter_bytes(sketch_of(model, num_classes)), f"{path}: {model}", advice, torch.device("cpu"))
     network = model.build(num_classes)
+    if compact:
+        shrink(network.eval(), {name: tensor.shape for name, tensor in state_dict.items() if is_dense(tensor)})
     load_strictly(network, state_dict, path)
     return network.to(memory_format=torch.channels_last).eval()
 

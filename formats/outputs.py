@@ -10,7 +10,7 @@ TRAIN = (
     rf"(clean_and_triggered|train_curves){PICTURES}",
 )
 MASKS = (r"mask_values\.(txt|json)", r"optimize_log\.jsonl", rf"mask_values{PICTURES}")
-REPAIRED = r"repaired_model\.(th|json)"
+REPAIRED = r"(repaired|compact)_model\.(th|json)"
 SWEEPS = {
     by: (REPAIRED, rf"pruning_by_{by}\.txt", rf"pruning_by_{by}_log\.jsonl", rf"pruning_by_{by}{PICTURES}")
     for by in ("threshold", "number")
@@ -24,7 +24,9 @@ OUTPUTS = {
     "optimize": Outputs(("mask_values.txt",), (r"mask_values\.txt",), MASKS, PRUNING),
     **{
         f"pruning_by_{by}": Outputs(
-            ("repaired_model.th", f"pruning_by_{by}.txt"), (r"repaired_model\.th", rf"pruning_by_{by}\.txt"), files
+            ("repaired_model.th", f"pruning_by_{by}.txt"),
+            (r"(repaired|compact)_model\.th", rf"pruning_by_{by}\.txt"),
+            files,
         )
         for by, files in SWEEPS.items()
     },

@@ -11,7 +11,7 @@ from data.datasets import ImageSet, Normalization, SourceConfig
 from data.split import HELD_OUT, absolute, defender_index, load_permutation, permutation_digest
 from engine.evaluation import Evaluator
 from engine.runtime import Runtime
-from formats.cards import read_card
+from formats.cards import is_compact, read_card
 from formats.checkpoints import read_state_dict
 from formats.network import add_network_flags, build_network, load_network, settle_model
 from models import ModelConfig
@@ -115,7 +115,7 @@ def load_surrogate(
     own = {"model": model.model} if model.model and "model" in card else {}
     if card.keys() & {"arch", "widen_factor", "model"}:
         model = settle_model(path, card, own)
-    network = build_network(path, state_dict, model, images.num_classes)
+    network = build_network(path, state_dict, model, images.num_classes, is_compact(card))
     return network, Normalization(tuple(known["mean"]), tuple(known["std"]))
 
 
@@ -140,6 +140,7 @@ def load_subject(
     known_split = bool(split_file or card.get("split"))
     described = {
         **loaded.model.entries(),
+        **({"compact": True} if is_compact(card) else {}),
         "num_classes": dataset.num_classes,
         "dataset": dataset.name,
         "normalization": asdict(loaded.normalization),
