@@ -24,7 +24,7 @@ from engine.evaluation import Evaluator, percent
 from engine.runtime import RuntimeConfig, prepare_runtime
 from engine.sweep import SweepLoop
 from formats.subject import Subject, add_subject_flags, load_subject
-from models import convert_noisy_batchnorm
+from models import convert_noisy
 from models.neurons import MASK_DECIMALS, sort_neurons
 from utils.config import add_flags, from_flags, make_parser
 
@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
 def learn_masks(subject: Subject, config: AnpConfig) -> tuple[list[Neuron], list[Neuron]]:
     """Return the neurons with the masks of the plain fp32 loop, and with those of the fast loop."""
     images, labels = subject.clean.images, subject.clean.labels
-    noisy, plain = convert_noisy_batchnorm(subject.network), PlainMasks(subject.network, config)
+    noisy, plain = convert_noisy(subject.network), PlainMasks(subject.network, config)
     plain.network.to(memory_format=torch.contiguous_format)
     transform = make_transform(subject.normalization, subject.flip)
 

@@ -34,7 +34,7 @@ from defenses import AnpConfig, AnpState, optimize_masks
 from engine.evaluation import EVALUATION_BATCH, evaluate, inference_copy
 from engine.runtime import Runtime, RuntimeConfig, prepare_runtime
 from engine.training import SgdLoop, TrainConfig
-from models import ModelConfig, build_model, convert_noisy_batchnorm
+from models import ModelConfig, build_model, convert_noisy
 from utils.config import Config, Range, add_flags, from_flags, make_parser, setting
 from utils.run import versions
 
@@ -127,7 +127,7 @@ def step_2(args: argparse.Namespace, dataset: Dataset, network: nn.Module, runti
     """Mask optimisation: three passes forward and back, the plain loop's with weight gradients."""
     defender = dataset.train[defender_index(load_permutation(args.split_file, len(dataset.train)), 0.01)]
     config = AnpConfig(batch_size=args.batch_size, seed=args.seed, precision=runtime.precision, iterations=10**9)
-    plain, noisy = PlainMasks(network, config), convert_noisy_batchnorm(network)
+    plain, noisy = PlainMasks(network, config), convert_noisy(network)
     plain.network.to(memory_format=torch.contiguous_format)
     state = AnpState.start(noisy)
     loader = plain_loader(defender.to("cpu"), dataset.normalization, train=True, batch_size=args.batch_size)

@@ -4,7 +4,8 @@ Wu & Wang, *Adversarial Neuron Pruning Purifies Backdoored Deep Models*, NeurIPS
 
     min over m in [0, 1]^n of  alpha * CE(m*w, b) + (1 - alpha) * max over d, x in [-eps, eps]^n of CE((m+d)*w, (1+x)*b)
 
-w and b are the scales and shifts of the BatchNorms. m, d and x are vectors over all n neurons of the network.
+w and b are the scales and shifts of the BatchNorms, or in a network without any what ``models.neuron_layers`` says. m, d
+and x are vectors over all n neurons of the network.
 """
 
 import copy
@@ -21,8 +22,9 @@ from engine.cuda_graph import replayed
 from engine.drive import UNTRAINED_REMEDY, Means
 from engine.runtime import autocast
 from formats.subject import Subject
+from models.neuron_layers import along_first
 from models.neurons import Neuron, mask_values, neurons_up_to
-from models.noisy_batchnorm import NoisyBatchNorm, convert_noisy_batchnorm, noisy_layers
+from models.noisy_layers import NoisyBatchNorm, NoisyLayer, convert_noisy, noisy_layers
 from utils.config import Config, Range, checked, one_of, setting
 from utils.seeding import seeded_generator
 
@@ -113,9 +115,9 @@ class AnpStep:
     accuracy: Tensor
 
 
-def _assign(layers: list[NoisyBatchNorm], mask: Tensor, noise: tuple[Tensor, Tensor] | None = None) -> None:
+def _assign(layers: list[NoisyLayer], mask: Tensor, noise: tuple[Tensor, Tensor] | None = None) -> None:
     """Let every layer see its part of the vectors m and (d, x), all (n,); nothing is copied."""
-    sizes = [layer.num_features for layer in layers]
+    sizes = [len(layer.mask) for layer in layers]
     for layer, part in zip(layers, mask.split(sizes), strict=True):
         layer.mask, layer.perturbed = part, noise is not None  # (C,)
     if noise is not None:
@@ -210,12 +212,12 @@ def optimize_masks(
 ) -> Iterator[AnpStep]:
     """Learn the neuron masks of a converted network from a few clean images (algorithm 1 of the paper).
 
-    After every step the masks are in the network's ``NoisyBatchNorm`` layers and in ``state``, and the network is in
+    After every step the masks are in the network's ``NoisyLayer``s and in ``state``, and the network is in
     eval mode. Nothing else of it changes, running statistics included: all its parameters are frozen. Within a step
     BatchNorms use the statistics of the batch, everything else (dropout) is in eval mode.
 
     Args:
-        network: what ``models.convert_noisy_batchnorm`` returned.
+        network: what ``models.convert_noisy`` returned.
         images: the defender's clean images, on the network's device.
         labels: their classes.
         config: the settings.
@@ -233,7 +235,7 @@ def optimize_masks(
         ValueError: the network was not converted, images and labels do not match, or images are not finite.
     """
     if not noisy_layers(network):
-        raise ValueError("the network has no NoisyBatchNorm; pass it through convert_noisy_batchnorm first")
+        raise ValueError("the network has no NoisyLayer; pass it through convert_noisy first")
     if len(images) != len(labels) or not len(labels):
         raise ValueError(f"{len(images)} images and {len(labels)} labels")
     if transform is None and not images.is_floating_point():
@@ -251,7 +253,9 @@ def optimize_masks(
         with torch.inference_mode(False), torch.enable_grad():  # whatever the caller has set
             batch = draw_batch(images, labels, len(state.mask), config, state.iteration, transform)
         for layer in layers:
-            layer.training = True  # its children, such as the dropout of timm's BatchNormAct2d, stay in eval mode
+            layer.training = isinstance(
+                layer, NoisyBatchNorm
+            )  # its children, such as the dropout of timm's BatchNormAct2d, stay in eval mode
         changed = state.mask, state.momentum
         iterate = iterate or replayed(lambda batch: _iterate(network, config, state, batch), changed, batch)
         with torch.inference_mode(False), torch.enable_grad():
@@ -263,7 +267,7 @@ def optimize_masks(
 
 
 def apply_masks(network: nn.Module, noisy: nn.Module) -> nn.Module:
-    """Return a copy of a network whose BatchNorm scales are multiplied by learnt masks.
+    """Return a copy of a network whose neurons' weights are multiplied by learnt masks.
 
     Args:
         network: the unconverted network.
@@ -272,7 +276,8 @@ def apply_masks(network: nn.Module, noisy: nn.Module) -> nn.Module:
     masked = copy.deepcopy(network)
     with torch.no_grad():
         for name, layer in noisy_layers(noisy).items():
-            masked.get_submodule(name).weight.mul_(layer.mask)
+            weight = masked.get_submodule(name).weight
+            weight.mul_(along_first(layer.mask, weight))
     return masked
 
 
@@ -298,7 +303,7 @@ class MaskLoop:
     def __init__(self, subject: Subject, config: AnpConfig, row_every: int = 500):
         self.subject, self.config, self.row_every = subject, config, row_every
         self.transform = make_transform(subject.normalization, subject.flip)
-        self.noisy = convert_noisy_batchnorm(subject.network)
+        self.noisy = convert_noisy(subject.network)
         self.state = AnpState.start(self.noisy)
         self.means = Means(4, self.state.mask.device)  # loss, natural loss, perturbed loss, accuracy
         self.total = config.iterations

@@ -10,7 +10,7 @@ from defenses.anp import AnpConfig, Transform, optimize_masks
 from defenses.pruning import LAST_THRESHOLD, THRESHOLD_STEP, Choice, ChoiceConfig, choose, threshold_points
 from engine.sweep import SweepLoop
 from models.neurons import Neuron, PruningPoint, mask_values, pruned_copy, sort_neurons
-from models.noisy_batchnorm import convert_noisy_batchnorm
+from models.noisy_layers import convert_noisy
 
 BATCH = 500  # images measured at once
 
@@ -59,7 +59,7 @@ def repair(
     """Learn the masks, sweep over thresholds, choose the operating point from the clean images alone, and prune.
 
     Args:
-        network: any network with BatchNorms; it is not changed.
+        network: any network with neurons (``models.neuron_layers``); it is not changed.
         images: clean images as the network expects them, on its device; some hundreds.
         labels: their classes.
         config: of the mask optimisation; None for the paper's.
@@ -71,12 +71,11 @@ def repair(
         images: float (N, ...). labels: int64 (N,).
 
     Raises:
-        ValueError: the network has no BatchNorm with scale and shift, images and labels do not match or are not
+        ValueError: the network has no neuron, a layer cannot be masked, images and labels do not match or are not
             finite, the masks diverged, or ``progress`` dropped iterations.
-        TypeError: a BatchNorm cannot be masked.
     """
     config = config or AnpConfig()
-    noisy = convert_noisy_batchnorm(network)
+    noisy = convert_noisy(network)
     done = sum(1 for _ in progress(optimize_masks(noisy, images, labels, config, transform)))
     if done != config.iterations:
         raise ValueError(f"progress passed on {done} of {config.iterations} iterations")

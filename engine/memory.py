@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from data.datasets import ImageSet
 from engine.evaluation import EVALUATION_BATCH, inference_copy
 from engine.runtime import Runtime
-from models.noisy_batchnorm import convert_noisy_batchnorm, noisy_layers
+from models.noisy_layers import convert_noisy, noisy_layers
 from utils.console import announce
 from utils.errors import InputError
 from utils.machine import free_memory
@@ -90,7 +90,7 @@ def _step_bytes(network: nn.Module, batch_size: int, size: tuple[int, int], mask
     """Return what one batch takes forward and back beside the parameters: images, activations, gradients."""
     labels = torch.empty(batch_size, dtype=torch.int64, device="meta")
     if masks:
-        network = convert_noisy_batchnorm(network).requires_grad_(False)
+        network = convert_noisy(network).requires_grad_(False)
         wanted = [layer.mask.requires_grad_() for layer in noisy_layers(network).values()]
     else:
         wanted = list(network.parameters())

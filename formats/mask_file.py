@@ -8,7 +8,8 @@ from pathlib import Path
 from torch import nn
 
 from formats.cards import read_card, write_with_card
-from models.neurons import MASK_DECIMALS, Neuron, affine_norms
+from models.neuron_layers import neuron_layers
+from models.neurons import MASK_DECIMALS, Neuron
 from utils.config import Config, InputFile, required
 from utils.errors import InputError, quote, shorten
 from utils.files import read_text
@@ -84,7 +85,7 @@ def read_masks(path: str | Path, network: nn.Module) -> list[Neuron]:
     """
     neurons = _parse(path)
     found = {(neuron.layer, neuron.index) for neuron in neurons}
-    own = {(name, index) for name, layer in affine_norms(network).items() for index in range(layer.num_features)}
+    own = {(name, index) for name, layer in neuron_layers(network).items() for index in range(len(layer.weight))}
     if found != own or len(neurons) != len(own):
         repeated = [key for key, count in Counter((n.layer, n.index) for n in neurons).items() if count > 1]
         strange = sorted(found ^ own)[:1] or repeated

@@ -1,7 +1,7 @@
-"""Networks by name, the BatchNorm that ANP masks and perturbs, and neurons."""
+"""Networks by name, neurons, and the layers that ANP masks and perturbs."""
 
 from models.neurons import Neuron, mask_values, neurons_up_to, prune_neurons
-from models.noisy_batchnorm import NoisyBatchNorm, convert_noisy_batchnorm, noisy_layers
+from models.noisy_layers import NoisyBatchNorm, NoisyLayer, convert_noisy, noisy_layers
 from models.registry import ARCHITECTURES, ModelConfig, build_model
 
 __all__ = [
@@ -9,8 +9,9 @@ __all__ = [
     "ModelConfig",
     "Neuron",
     "NoisyBatchNorm",
+    "NoisyLayer",
     "build_model",
-    "convert_noisy_batchnorm",
+    "convert_noisy",
     "mask_values",
     "neurons_up_to",
     "noisy_layers",

@@ -1,4 +1,4 @@
-"""Neurons: the channels of a network's affine BatchNorms, and how they are pruned.
+"""Neurons: the channels of the layers that ``models.neuron_layers`` names, and how they are pruned.
 
 Wu & Wang, *Adversarial Neuron Pruning Purifies Backdoored Deep Models*, NeurIPS 2021, section 4.
 """
@@ -12,15 +12,15 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from models.noisy_batchnorm import noisy_layers
+from models.neuron_layers import neuron_layers
+from models.noisy_layers import noisy_layers
 
 MASK_DECIMALS = 4  # of every mask, so that a file and a Python list prune the same neurons at any threshold
 
 
 class Neuron(NamedTuple):
-    """One BatchNorm channel: module path of the layer, channel, mask in 0..1."""
+    """One channel: module path of the layer, channel, mask in 0..1."""
 
     layer: str
     index: int
@@ -41,15 +41,6 @@ class PruningPoint(NamedTuple):
     def mask(self) -> float | None:
         """The mask up to which neurons are pruned."""
         return self.last.mask if self.threshold is None and self.last else self.threshold
-
-
-def affine_norms(network: nn.Module) -> dict[str, _BatchNorm]:
-    """Return the BatchNorms with scale and shift by module path, in state_dict order, shared ones once."""
-    return {
-        name: layer
-        for name, layer in network.named_modules()
-        if isinstance(layer, _BatchNorm) and layer.weight is not None
-    }
 
 
 def mask_values(network: nn.Module) -> list[Neuron]:
@@ -85,21 +76,21 @@ def threshold_point(neurons: list[Neuron], threshold: float) -> PruningPoint:
 
 
 def check_neurons(network: nn.Module, neurons: Iterable[Neuron]) -> None:
-    """Make sure that every neuron is an affine BatchNorm channel of the network.
+    """Make sure that every neuron is one of the network.
 
     Raises:
-        ValueError: a layer is missing, is no affine BatchNorm, or has fewer channels.
+        ValueError: a layer is missing, has no neurons, or has fewer channels.
     """
-    layers = affine_norms(network)
+    layers = neuron_layers(network)
     for layer, index, _ in neurons:
         if layer not in layers:
-            raise ValueError(f"the network has no affine BatchNorm {layer!r}")
-        if not 0 <= index < layers[layer].num_features:
-            raise ValueError(f"{layer} has {layers[layer].num_features} channels, there is no channel {index}")
+            raise ValueError(f"the network has no layer {layer!r} with neurons")
+        if not 0 <= index < len(layers[layer].weight):
+            raise ValueError(f"{layer} has {len(layers[layer].weight)} channels, there is no channel {index}")
 
 
 def prune_neurons(network: nn.Module, neurons: Iterable[Neuron]) -> None:
-    """Prune in place: set the BatchNorm scale of each neuron to 0, so that its channel becomes its constant shift.
+    """Prune in place: set the weight of each neuron to 0, so that its channel becomes its constant bias.
 
     Raises:
         ValueError: a neuron is not in the network; nothing is pruned then.

@@ -575,7 +575,7 @@ MUTATIONS = [
         ),
     ),
     *_of(
-        "models/noisy_batchnorm.py",
+        "models/noisy_layers.py",
         (
             "BatchNorm: running statistics drift",
             "F.batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)",

@@ -22,7 +22,7 @@ from engine.cuda_graph import record
 from formats.checkpoints import load_strictly, read_state_dict
 from formats.mask_file import read_masks, write_masks
 from formats.subject import Subject
-from models import build_model, convert_noisy_batchnorm, noisy_layers
+from models import build_model, convert_noisy, noisy_layers
 from models.neurons import neurons_up_to
 
 
@@ -47,7 +47,7 @@ def test_equals_the_plain_loop(network, images, labels, changes):
     config = settings(**changes)
     # With several steps a gradient near 0 may take the other sign for rounding, and its noise another path.
     loss_tolerance, mask_tolerance = (1e-4, 2e-4) if config.steps == 1 else (2e-2, 2e-2)
-    noisy, plain = convert_noisy_batchnorm(network), PlainMasks(network, config)
+    noisy, plain = convert_noisy(network), PlainMasks(network, config)
     state = AnpState.start(noisy)
     for step in optimize_masks(noisy, images, labels, config, state=state):
         batch, batch_labels, *noise = draw_batch(images, labels, len(state.mask), config, step.iteration - 1)
@@ -58,7 +58,7 @@ def test_equals_the_plain_loop(network, images, labels, changes):
 
 
 def test_a_step_reports_what_the_network_was_before_its_update(network, images, labels):
-    noisy, config = convert_noisy_batchnorm(network), settings()
+    noisy, config = convert_noisy(network), settings()
     masked = apply_masks(network, noisy).train()
     for step in optimize_masks(noisy, images, labels, config):
         batch, batch_labels, *_ = draw_batch(images, labels, 300, config, step.iteration - 1)
@@ -71,7 +71,7 @@ def test_a_step_reports_what_the_network_was_before_its_update(network, images, 
 
 
 def test_losses_are_computed_in_float32_under_bfloat16(network, images, labels):
-    noisy, outputs = convert_noisy_batchnorm(network), []
+    noisy, outputs = convert_noisy(network), []
     noisy.register_forward_hook(lambda network, inputs, output: outputs.append(output.detach()))
     config = settings(precision=torch.bfloat16, iterations=1)
     (step,) = optimize_masks(noisy, images, labels, config)
@@ -82,7 +82,7 @@ def test_losses_are_computed_in_float32_under_bfloat16(network, images, labels):
 
 
 def test_only_the_masks_change(network, images, labels):
-    noisy = convert_noisy_batchnorm(network)
+    noisy = convert_noisy(network)
     before = copy.deepcopy(noisy.state_dict())
     for _ in optimize_masks(noisy, images, labels, settings()):
         assert not any(p.grad is not None or p.requires_grad for p in noisy.parameters())
@@ -105,7 +105,7 @@ def test_noise_bounds(network, images, labels, monkeypatch, project, bound, step
         return result
 
     monkeypatch.setattr(module, "_ascend", watch)
-    list(optimize_masks(convert_noisy_batchnorm(network), images, labels, settings(project=project, steps=steps)))
+    list(optimize_masks(convert_noisy(network), images, labels, settings(project=project, steps=steps)))
     largest = max(noise.abs().max().item() for noise in noises)
     assert largest <= bound + 1e-6
     assert project or largest > 0.4
@@ -120,11 +120,11 @@ def test_the_ascent_raises_the_loss(network, images, labels, monkeypatch):
         return after
 
     monkeypatch.setattr(module, "_ascend", watch)
-    list(optimize_masks(convert_noisy_batchnorm(network), images, labels, settings()))
+    list(optimize_masks(convert_noisy(network), images, labels, settings()))
 
 
 def test_eps_zero_is_the_natural_loss_alone(network, images, labels):
-    noisy = convert_noisy_batchnorm(network)
+    noisy = convert_noisy(network)
     reference = copy.deepcopy(noisy)
     config = settings(eps=0.0, iterations=1)
     step = next(iter(optimize_masks(noisy, images, labels, config)))
@@ -147,7 +147,7 @@ def test_batches_are_drawn_with_replacement_and_transformed(network, labels):
         seen.append(batch)
         return torch.randn(len(batch), 3, 32, 32, generator=generator)
 
-    list(optimize_masks(convert_noisy_batchnorm(network), images, labels, settings(batch_size=64), transform))
+    list(optimize_masks(convert_noisy(network), images, labels, settings(batch_size=64), transform))
     assert len(seen) == 4 and all(len(batch) == 64 for batch in seen)  # more than there are images
     assert len(torch.cat(seen).unique()) > 35 and not torch.equal(seen[0], seen[1])
 
@@ -166,12 +166,12 @@ def test_labels_stay_with_their_images(labels):
 
 
 def test_resumes_exactly(network, images, labels):
-    through, broken = convert_noisy_batchnorm(network), convert_noisy_batchnorm(network)
+    through, broken = convert_noisy(network), convert_noisy(network)
     list(optimize_masks(through, images, labels, settings()))
     state = AnpState.start(broken)
     list(itertools.islice(optimize_masks(broken, images, labels, settings(), state=state), 2))
     assert state.iteration == 2
-    fresh = convert_noisy_batchnorm(network)
+    fresh = convert_noisy(network)
     list(optimize_masks(fresh, images, labels, settings(), state=AnpState(2, state.mask.clone(), state.momentum)))
     assert mask_values(fresh) == mask_values(through)
 
@@ -179,7 +179,7 @@ def test_resumes_exactly(network, images, labels):
 def test_the_seed_decides(network, images, labels):
     results = []
     for seed in (0, 0, 1):
-        noisy = convert_noisy_batchnorm(network)
+        noisy = convert_noisy(network)
         list(optimize_masks(noisy, images, labels, settings(seed=seed)))
         results.append(mask_values(noisy))
     assert results[0] == results[1] != results[2]
@@ -195,7 +195,7 @@ def test_bfloat16_ends_in_the_same_place(trained):
 
     masks = []
     for precision, seed in ((torch.float32, 0), (torch.bfloat16, 0), (torch.float32, 1)):
-        noisy = convert_noisy_batchnorm(network)
+        noisy = convert_noisy(network)
         config = AnpConfig(precision=precision, iterations=4, seed=seed)
         list(optimize_masks(noisy, images, labels, config, transform))
         masks.append(torch.tensor([neuron.mask for neuron in mask_values(noisy)]))
@@ -255,7 +255,7 @@ def test_a_recorded_function_is_the_function():
 @pytest.mark.parametrize("changes", [{}, {"steps": 2, "project": True}])
 def test_a_recorded_optimisation_is_the_optimisation(network, images, labels, monkeypatch, changes):
     def run():
-        noisy = convert_noisy_batchnorm(network)
+        noisy = convert_noisy(network)
         state = AnpState.start(noisy)
         steps = list(optimize_masks(noisy, images, labels, settings(**changes), state=state))
         shown = torch.cat([layer.mask for layer in noisy_layers(noisy).values()])
@@ -276,7 +276,7 @@ def test_no_host_sync_inside_an_iteration(network, images, labels):
             assert "_local_scalar_dense" not in name and "nonzero" not in name, name
             return function(*args, **(kwargs or {}))
 
-    noisy = convert_noisy_batchnorm(network)
+    noisy = convert_noisy(network)
     config, state = settings(), AnpState.start(noisy)
     batch = draw_batch(images, labels, len(state.mask), config, 0)
     with NoSync():
@@ -308,24 +308,24 @@ def test_settings_out_of_range(changes):
 
 
 def test_bad_calls(network, images, labels):
-    with pytest.raises(ValueError, match="convert_noisy_batchnorm"):
+    with pytest.raises(ValueError, match="convert_noisy"):
         next(optimize_masks(network, images, labels, settings()))
     with pytest.raises(ValueError, match="39 labels"):
-        next(optimize_masks(convert_noisy_batchnorm(network), images, labels[:39], settings()))
+        next(optimize_masks(convert_noisy(network), images, labels[:39], settings()))
     images[3, 0, 0, 0] = math.nan
     with pytest.raises(ValueError, match="NaN"):
-        next(optimize_masks(convert_noisy_batchnorm(network), images, labels, settings()))
+        next(optimize_masks(convert_noisy(network), images, labels, settings()))
 
 
 def test_masks_that_became_nan_are_not_passed_on(network, images):
-    noisy = convert_noisy_batchnorm(network)
+    noisy = convert_noisy(network)
     noisy.bn1.mask[1] = math.nan
     with pytest.raises(ValueError, match="the masks are NaN"):
         mask_values(noisy)
 
 
 def test_apply_masks(network, images):
-    noisy = convert_noisy_batchnorm(network).eval()
+    noisy = convert_noisy(network).eval()
     for layer in noisy_layers(noisy).values():
         layer.mask = torch.rand(layer.num_features)
     masked = apply_masks(network.eval(), noisy)
@@ -335,7 +335,7 @@ def test_apply_masks(network, images):
 
 def test_any_network_dropout_stays_off(monkeypatch):
     network = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.9), nn.Linear(8, 3))
-    noisy, modes, original = convert_noisy_batchnorm(network), [], module._iterate
+    noisy, modes, original = convert_noisy(network), [], module._iterate
 
     def watch(network, *rest):
         modes.append((network[1].training, network[2].training))
@@ -360,7 +360,7 @@ class NormDropout(nn.BatchNorm1d):
 
 def test_dropout_inside_a_batchnorm_stays_off(monkeypatch):
     network = nn.Sequential(nn.Linear(6, 8), NormDropout(8), nn.Linear(8, 3))
-    noisy, modes, original = convert_noisy_batchnorm(network), [], module._iterate
+    noisy, modes, original = convert_noisy(network), [], module._iterate
 
     def watch(network, *rest):
         modes.append((network[1].training, network[1].drop.training))
@@ -442,7 +442,7 @@ def test_score_is_the_whole_optimisation(network):
 
 
 def test_a_mask_is_the_same_number_in_python_and_in_the_file(network, tmp_path):
-    noisy = convert_noisy_batchnorm(network)
+    noisy = convert_noisy(network)
     noisy.bn1.mask = torch.tensor([0.20004, 0.20006, 0.2, 1.0])
     neurons = mask_values(noisy)
     write_masks(tmp_path / "mask_values.txt", neurons, "")

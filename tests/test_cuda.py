@@ -18,7 +18,7 @@ from engine.evaluation import Evaluator
 from engine.runtime import RuntimeConfig, prepare_runtime
 from engine.training import TrainConfig
 from formats.subject import Subject
-from models import build_model, convert_noisy_batchnorm
+from models import build_model, convert_noisy
 from utils.errors import InputError
 
 CUDA = torch.device("cuda", 0)
@@ -129,7 +129,7 @@ def test_training(name, images, network, precision):
 
 @pytest.mark.parametrize("project", [False, True])
 def test_mask_iteration(images, network, project):
-    noisy = convert_noisy_batchnorm(network.requires_grad_(False))
+    noisy = convert_noisy(network.requires_grad_(False))
     state, config = AnpState.start(noisy), AnpConfig(batch_size=8, project=project, precision=BF16, steps=2)
     loop = MaskLoop(Subject(network, SYNTHETIC_NORMALIZATION, True, images, {}), config)
     batch = draw_batch(images.images, images.labels, len(state.mask), config, 0, loop.transform)

@@ -12,12 +12,13 @@ from models import (
     ARCHITECTURES,
     NoisyBatchNorm,
     build_model,
-    convert_noisy_batchnorm,
+    convert_noisy,
     mask_values,
     neurons_up_to,
     noisy_layers,
 )
 from models.neurons import prune_neurons, sort_neurons
+from utils.errors import InputError
 
 NEURONS = {
     "resnet18": 4800,
@@ -91,7 +92,7 @@ def test_equals_plain_batchnorm_at_mask_one(kind, training):
     nn.init.uniform_(plain.weight)
     nn.init.normal_(plain.bias)
     plain.running_mean.normal_()
-    noisy = convert_noisy_batchnorm(plain)
+    noisy = convert_noisy(plain)
     x = torch.randn(INPUTS[kind])
     before = plain.running_mean.clone()
     assert torch.equal(noisy(x), plain(x))
@@ -104,7 +105,7 @@ def test_effective_parameters():
     plain = nn.BatchNorm2d(3).eval()
     plain.weight.data = torch.tensor([1.0, 2.0, 3.0])
     plain.bias.data = torch.tensor([0.5, -1.0, 2.0])
-    noisy = convert_noisy_batchnorm(plain).eval()
+    noisy = convert_noisy(plain).eval()
     noisy.mask = torch.tensor([0.5, 1.0, 0.0])
     noisy.weight_noise = torch.tensor([0.4, -0.4, 0.1])
     noisy.bias_noise = torch.tensor([-0.2, 0.3, 0.4])
@@ -121,7 +122,7 @@ def test_effective_parameters():
 
 def test_gradients_against_finite_differences():
     torch.manual_seed(0)
-    norm = convert_noisy_batchnorm(nn.BatchNorm2d(3)).double().train()
+    norm = convert_noisy(nn.BatchNorm2d(3)).double().train()
     x = torch.randn(4, 3, 2, 2, dtype=torch.float64)
 
     def function(mask, d, b):
@@ -135,12 +136,12 @@ def test_gradients_against_finite_differences():
 
 def test_conversion_copies_unless_in_place(network):
     names = list(network.state_dict())
-    converted = convert_noisy_batchnorm(network)
+    converted = convert_noisy(network)
     assert not noisy_layers(network) and len(noisy_layers(converted)) == 20
     assert list(converted.state_dict()) == names
     converted.bn1.weight.data.zero_()
     assert network.bn1.weight.abs().sum() > 0
-    assert convert_noisy_batchnorm(network, inplace=True) is network
+    assert convert_noisy(network, inplace=True) is network
     assert len(noisy_layers(network)) == 20
 
 
@@ -148,12 +149,12 @@ def test_torchvision_network_computes_the_same():
     torch.manual_seed(0)
     network = torchvision.models.mobilenet_v3_small(weights=None, num_classes=5).eval()
     x = torch.randn(2, 3, 64, 64)
-    assert torch.equal(convert_noisy_batchnorm(network)(x), network(x))
+    assert torch.equal(convert_noisy(network)(x), network(x))
 
 
 def test_shared_module_stays_shared():
     norm = nn.BatchNorm1d(4)
-    network = convert_noisy_batchnorm(nn.ModuleDict({"a": norm, "b": nn.Sequential(norm), "c": nn.BatchNorm1d(4)}))
+    network = convert_noisy(nn.ModuleDict({"a": norm, "b": nn.Sequential(norm), "c": nn.BatchNorm1d(4)}))
     assert network["a"] is network["b"][0]
     assert list(noisy_layers(network)) == ["a", "c"]
 
@@ -194,7 +195,7 @@ def filled(kind):
 @pytest.mark.parametrize("training", [True, False])
 def test_own_forward_sees_effective_parameters(kind, training):
     norm, x = filled(kind), torch.randn(6, 3, 4, 4)
-    noisy = convert_noisy_batchnorm(norm)
+    noisy = convert_noisy(norm)
     assert isinstance(noisy, NoisyBatchNorm) and isinstance(noisy, kind) and list(noisy_layers(noisy)) == [""]
     assert list(noisy.state_dict()) == list(norm.state_dict())
     assert torch.equal(noisy(x), norm(x))
@@ -218,7 +219,7 @@ def test_own_forward_sees_effective_parameters(kind, training):
 
 
 def test_own_forward_that_fails_leaves_the_layer_as_it_was():
-    noisy = convert_noisy_batchnorm(filled(NormAct))
+    noisy = convert_noisy(filled(NormAct))
     weight = noisy.weight
     with pytest.raises(ValueError, match="expected 4D"):
         noisy(torch.randn(2, 3))
@@ -229,12 +230,12 @@ def test_own_forward_with_a_batchnorm_inside():
     norm = filled(NormAct)
     norm.inner = nn.BatchNorm2d(3)
     network = nn.Sequential(norm)
-    assert list(noisy_layers(convert_noisy_batchnorm(network))) == ["0", "0.inner"]
+    assert list(noisy_layers(convert_noisy(network))) == ["0", "0.inner"]
 
 
 def repair(network, images):
     """Convert, learn masks, prune half of the neurons; returns the noisy network and the repaired one."""
-    noisy = convert_noisy_batchnorm(network)
+    noisy = convert_noisy(network)
     before = copy.deepcopy(noisy.state_dict())
     config = AnpConfig(iterations=2, batch_size=8)
     assert len(list(optimize_masks(noisy, images, torch.arange(len(images)) % 5, config))) == 2
@@ -260,7 +261,7 @@ def test_own_forward_of_timm():
     torch.manual_seed(0)
     network = timm.create_model("resnetv2_18", num_classes=5).eval()
     images = torch.randn(10, 3, 64, 64)
-    assert torch.equal(convert_noisy_batchnorm(network)(images), network(images))
+    assert torch.equal(convert_noisy(network)(images), network(images))
     noisy, repaired = repair(network, images)
     norms = [module for module in repaired.modules() if isinstance(module, timm.layers.BatchNormAct2d)]
     assert len(norms) == len(noisy_layers(noisy)) > 10
@@ -288,29 +289,29 @@ class GivenForward(nn.BatchNorm2d):
     ],
 )
 def test_own_forward_that_cannot_be_masked(function, words):
-    with pytest.raises(TypeError, match=f"1: GivenForward cannot be converted: .*{words}"):
-        convert_noisy_batchnorm(nn.Sequential(nn.Conv2d(3, 4, 1), GivenForward(function)))
+    with pytest.raises(InputError, match=f"1: GivenForward cannot be converted: .*{words}"):
+        convert_noisy(nn.Sequential(nn.Conv2d(3, 4, 1), GivenForward(function)))
 
 
 def test_own_forward_with_a_mask_of_its_own():
     norm = filled(NormAct)
     norm.register_buffer("mask", torch.ones(3))
-    with pytest.raises(TypeError, match="something of its own named mask"):
-        convert_noisy_batchnorm(norm)
+    with pytest.raises(InputError, match="something of its own named mask"):
+        convert_noisy(norm)
 
 
 def test_what_cannot_be_masked():
     patched = nn.BatchNorm2d(4)
     patched.forward = lambda x: x
-    with pytest.raises(TypeError, match="0: the forward of this BatchNorm2d was replaced"):
-        convert_noisy_batchnorm(nn.Sequential(patched))
+    with pytest.raises(InputError, match="0: the forward of this BatchNorm2d was replaced"):
+        convert_noisy(nn.Sequential(patched))
     without = nn.BatchNorm2d(4, affine=False)
-    mixed = convert_noisy_batchnorm(nn.Sequential(without, nn.BatchNorm2d(4)))
+    mixed = convert_noisy(nn.Sequential(without, nn.BatchNorm2d(4)))
     assert list(noisy_layers(mixed)) == ["1"]
-    with pytest.raises(ValueError, match="no BatchNorm with scale"):
-        convert_noisy_batchnorm(nn.Sequential(without))
+    with pytest.raises(ValueError, match="no neuron to mask"):
+        convert_noisy(nn.Sequential(without))
     with pytest.raises(ValueError, match="no size yet"):
-        convert_noisy_batchnorm(nn.Sequential(nn.LazyBatchNorm2d()))
+        convert_noisy(nn.Sequential(nn.LazyBatchNorm2d()))
 
 
 def test_hooks_stay_hooks():
@@ -319,7 +320,7 @@ def test_hooks_stay_hooks():
     norm.register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1,))
     network, x = nn.Sequential(norm).eval(), torch.randn(2, 4, 3, 3)
     expected = network(x)
-    assert torch.equal(convert_noisy_batchnorm(network)(x), expected)
+    assert torch.equal(convert_noisy(network)(x), expected)
     assert seen == [nn.BatchNorm2d, NoisyBatchNorm]
 
 
@@ -332,7 +333,7 @@ def test_a_converted_layer_shares_tensors_and_nothing_else():
 
 def test_a_mask_prunes_the_same_from_python_and_from_a_file(tmp_path):
     """Rounded once: 0.20004 is 0.2000 in the file, and pruned at 0.2 in both."""
-    noisy = convert_noisy_batchnorm(nn.Sequential(nn.BatchNorm2d(3)))
+    noisy = convert_noisy(nn.Sequential(nn.BatchNorm2d(3)))
     noisy[0].mask = torch.tensor([0.20004, 0.20006, 0.19996])
     neurons = mask_values(noisy)
     write_masks(tmp_path / "masks.txt", neurons, "abc")
@@ -344,4 +345,4 @@ def test_a_mask_prunes_the_same_from_python_and_from_a_file(tmp_path):
 def test_without_running_statistics():
     plain = nn.BatchNorm2d(4, track_running_stats=False).eval()
     x = torch.randn(8, 4, 3, 3)
-    assert torch.equal(convert_noisy_batchnorm(plain)(x), plain(x))
+    assert torch.equal(convert_noisy(plain)(x), plain(x))

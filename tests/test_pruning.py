@@ -62,7 +62,7 @@ def test_pruning_zeroes_gamma_and_nothing_else(network):
 @pytest.mark.parametrize(
     ("neuron", "message"),
     [
-        (Neuron("bn9", 0, 0), "no affine BatchNorm 'bn9'"),
+        (Neuron("bn9", 0, 0), "no layer 'bn9' with neurons"),
         (Neuron("conv1", 0, 0), "conv1"),
         (Neuron("bn1", 4, 0), "channel 4"),
     ],

@@ -5,7 +5,7 @@ import torch
 
 from defenses import AnpConfig, ChoiceConfig, mask_values, optimize_masks, repair
 from defenses.one_call import accuracy
-from models import convert_noisy_batchnorm
+from models import convert_noisy
 from models.neurons import pruned_copy, sort_neurons
 
 CONFIG = AnpConfig(iterations=4, batch_size=16, lr=5.0)
@@ -20,7 +20,7 @@ def inputs():
 def test_masks_sweep_choice_and_pruning(network, inputs):
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     repaired = repair(network, *inputs, CONFIG, ChoiceConfig(threshold=0.5))
-    noisy = convert_noisy_batchnorm(network)
+    noisy = convert_noisy(network)
     list(optimize_masks(noisy, *inputs, CONFIG))
     neurons = sort_neurons(mask_values(noisy))
     assert repaired.neurons == neurons and 0 <= neurons[0].mask < neurons[-1].mask <= 1
