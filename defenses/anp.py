@@ -4,8 +4,8 @@ Wu & Wang, *Adversarial Neuron Pruning Purifies Backdoored Deep Models*, NeurIPS
 
     min over m in [0, 1]^n of  alpha * CE(m*w, b) + (1 - alpha) * max over d, x in [-eps, eps]^n of CE((m+d)*w, (1+x)*b)
 
-w and b are the scales and shifts of the BatchNorms, or in a network without any what ``models.neuron_layers`` says. m, d
-and x are vectors over all n neurons of the network.
+w and b are the scales and shifts of the BatchNorms, or what ``models.neuron_layers`` names in a network without any.
+m, d and x are vectors over all n neurons of the network.
 """
 
 import copy
@@ -138,7 +138,7 @@ def _ascend(loss_of: Callable, mask: Tensor, noise: tuple[Tensor, Tensor], confi
     for _ in range(config.steps):
         noise = tuple(part.detach().requires_grad_() for part in noise)
         loss, _ = loss_of(mask, noise)
-        gradients = torch.autograd.grad(loss, noise)
+        gradients = torch.autograd.grad(loss, noise, materialize_grads=True)  # 0 for x where no layer has a bias
         noise = tuple(part + config.eps / config.steps * g.sign() for part, g in zip(noise, gradients, strict=True))
         if config.project:
             noise = tuple(part.clamp(-config.eps, config.eps) for part in noise)

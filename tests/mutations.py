@@ -308,21 +308,33 @@ MUTATIONS = [
         ("step 2: never projected", "if config.project:", "if False:", "test_anp.py -k noise_bounds"),
         (
             "step 2: running statistics within an iteration",
-            "            layer.training = True",
+            "            layer.training = isinstance(layer, NoisyBatchNorm)",
             "            layer.training = False",
             "test_anp.py -k plain_loop",
         ),
         (
             "step 2: dropout on within an iteration",
-            "            layer.training = True",
+            "            layer.training = isinstance(layer, NoisyBatchNorm)",
             "            network.train()",
             "test_anp.py -k dropout",
         ),
         (
             "step 2: dropout inside a BatchNorm on",
-            "            layer.training = True",
+            "            layer.training = isinstance(layer, NoisyBatchNorm)",
             "            layer.train()",
             "test_anp.py -k dropout",
+        ),
+        (
+            "step 2: statistics of other layers within an iteration",
+            "            layer.training = isinstance(layer, NoisyBatchNorm)",
+            "            layer.training = True",
+            "test_without_batchnorm.py -k only_masks_change",
+        ),
+        (
+            "step 2: networks without a bias fail",
+            ", materialize_grads=True",
+            "",
+            "test_without_batchnorm.py -k from_masks_to_pruning",
         ),
         (
             "step 2: noise of scale and shift swapped",
@@ -602,9 +614,54 @@ MUTATIONS = [
         ),
         (
             "BatchNorm: the mask scales the shift too",
-            "bias = self.bias * (1 + self.bias_noise) if self.perturbed else self.bias",
-            "bias = self.bias * (1 + self.bias_noise) if self.perturbed else self.bias * self.mask",
+            "            return bias\n",
+            "            return None if bias is None else bias * self.mask\n",
             "test_models.py -k effective",
+        ),
+        (
+            "other layers: the noise of the bias is added",
+            "along_first(1 + self.bias_noise, bias)",
+            "along_first(self.bias_noise, bias)",
+            "test_without_batchnorm.py -k on_the_weights_themselves",
+        ),
+        (
+            "other layers: masks along the last dimension",
+            "along_first(scale, weight)",
+            "scale",
+            "test_without_batchnorm.py -k on_the_weights_themselves",
+        ),
+        (
+            "other layers: a mask of its own is overwritten",
+            "if taken := _NAMES & set(dir(layer)):",
+            "if taken := set():",
+            "test_without_batchnorm.py -k cannot_be_masked",
+        ),
+    ),
+    *_of(
+        "models/neuron_layers.py",
+        (
+            "neurons: the logits are some, too",
+            "if name != last[-1] and not",
+            "if not",
+            "test_without_batchnorm.py -k which_layers",
+        ),
+        (
+            "neurons: other norms beside BatchNorms",
+            "    if norms:\n        return norms\n",
+            "",
+            "test_without_batchnorm.py -k which_layers",
+        ),
+        (
+            "neurons: weights of two layers",
+            'if owners[id(layer._parameters["weight"])] > 1:',
+            "if False:",
+            "test_without_batchnorm.py -k cannot_be_masked",
+        ),
+        (
+            "neurons: convolutions with a forward of their own",
+            "and not _computes_as_torch(type(layer)):",
+            "and False:",
+            "test_without_batchnorm.py -k cannot_be_masked",
         ),
     ),
     *_of(
