@@ -86,7 +86,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Attack,
 def open_workspace(args: argparse.Namespace, run: Run, runtime: Runtime) -> Workspace:
     """Load what the attacker works with."""
     source = from_flags(SourceConfig, args)
-    dataset = load_dataset(args.dataset, source.data_dir, runtime.device)
+    dataset = load_dataset(args.dataset, source.data_dir, runtime.device, args.image_size)
+    run.rely_on({"dataset": dataset.identity})
     permutation = load_permutation(source.split_file, len(dataset.train))
     digest, model = permutation_digest(permutation), from_flags(ModelConfig, args)
     held = attacker_index(permutation)

@@ -51,8 +51,7 @@ def network_card(workspace: Workspace, split_file: str | None, attack: dict[str,
     dataset = workspace.dataset
     return {
         **workspace.model.entries(),
-        "num_classes": dataset.num_classes,
-        "dataset": dataset.name,
+        **dataset.describe(),
         "normalization": asdict(dataset.normalization),
         "split": {"file": absolute(split_file), "sha256": workspace.split},
         "attack": attack,

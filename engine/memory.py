@@ -24,8 +24,7 @@ from engine.evaluation import EVALUATION_BATCH, inference_copy
 from engine.runtime import Runtime
 from models.noisy_batchnorm import convert_noisy_batchnorm, noisy_layers
 from utils.console import announce
-from utils.errors import InputError
-from utils.machine import free_memory
+from utils.machine import check_memory
 
 COPIES = 6  # of the parameters, while a network is copied to be measured
 LASTING = 3  # of them, while a batch is computed: weights, momentum, or networks masked and pruned; gradients apart
@@ -139,27 +138,6 @@ def pruning_bytes(network: nn.Module, batch_size: int, precision: torch.dtype, s
 def _total(network: nn.Module, batch: int) -> int:
     parameters = parameter_bytes(network.float())
     return int(max(COPIES * parameters, LASTING * parameters + FACTOR * batch) + OVERHEAD)
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:,.1f} GB"
-
-
-def check_memory(needed: int, what: str, advice: str, device: torch.device) -> None:
-    """Refuse what is larger than the memory that is free now; where that is not known, nothing is refused.
-
-    Args:
-        needed: bytes.
-        what: what needs them, the beginning of the message.
-        advice: what to do instead, its end.
-        device: whose memory.
-
-    Raises:
-        InputError: fewer bytes are free.
-    """
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
-    if free is not None and needed > free:
-        raise InputError(f"{what} needs about {_gigabytes(needed)}, {_gigabytes(free)} are free; {advice}")
 
 
 def check_step(estimate: Estimate, network: nn.Module, batch_size: int, runtime: Runtime, images: ImageSet) -> None:

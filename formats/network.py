@@ -9,9 +9,18 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from data.datasets import MEANS, STDS, DataConfig, Dataset, ImageSet, Normalization, load_dataset
+from data.datasets import (
+    MEANS,
+    STDS,
+    DataConfig,
+    Dataset,
+    ImageSet,
+    Normalization,
+    is_same_dataset,
+    load_dataset,
+)
 from data.triggers import Trigger, count_unchanged, triggered_test_set
-from engine.memory import check_memory, on_meta, parameter_bytes
+from engine.memory import on_meta, parameter_bytes
 from engine.runtime import Runtime
 from formats.cards import is_compact, read_card
 from formats.checkpoints import is_dense, load_strictly, read_state_dict
@@ -23,6 +32,7 @@ from utils.config import Config, InputFile, add_flags, from_flags, given_flags, 
 from utils.console import announce
 from utils.errors import InputError, quote, shorten
 from utils.files import card_path
+from utils.machine import check_memory
 
 C = TypeVar("C", bound=Config)
 
@@ -101,9 +111,8 @@ def load_network(args: argparse.Namespace, data_dir: str, runtime: Runtime) -> L
     path = config.checkpoint
     state_dict, card = read_state_dict(path), read_card(path)
     model = settle_model(path, card or {}, given_flags(args, ModelConfig))
-    dataset = load_dataset(
-        _settled(DataConfig, given_flags(args, DataConfig), path, card).dataset, data_dir, runtime.device
-    )
+    data = _settled(DataConfig, given_flags(args, DataConfig), path, card)
+    dataset = load_dataset(data.dataset, data_dir, runtime.device, data.image_size)
     _check_classes(path, card, dataset)
     network = build_network(path, state_dict, model, dataset.num_classes, is_compact(card or {}))
     try_own(network, model, dataset.test)
@@ -128,7 +137,8 @@ def _agree(path: str, name: str, given: Any, known: Any) -> Any:
     Raises:
         InputError: they contradict each other.
     """
-    if given is not None and known is not None and given != known:
+    moved = name == "dataset" and given and known and is_same_dataset(given, known)
+    if given is not None and known is not None and given != known and not moved:
         flag = "--" + name.replace("_", "-")
         raise InputError(
             f"{flag} {given} contradicts the card of {path}, which says {quote(known)}; leave the flag out"
@@ -258,6 +268,14 @@ def _check_effect(path: str, test: ImageSet, trigger: Trigger) -> None:
 
 
 def _check_classes(path: str, card: dict[str, Any] | None, dataset: Dataset) -> None:
-    classes = (card or {}).get("num_classes", dataset.num_classes)
+    known, found = card or {}, dataset.describe()
+    classes = known.get("num_classes", dataset.num_classes)
     if classes != dataset.num_classes:
         raise InputError(f"{path}: {classes} classes, but {dataset.name} has {dataset.num_classes}")
+    if "classes" in found and known.get("classes", found["classes"]) != found["classes"]:
+        raise InputError(f"{path}: its card names other classes than those of {dataset.name}")
+    if "dataset_sha256" in found and known.get("dataset_sha256", dataset.sha256) != dataset.sha256:
+        announce(
+            f"warning: {path}: {dataset.name} holds other images than when it was trained, so the defender's may be "
+            "among those it was trained on"
+        )
