@@ -35,7 +35,7 @@ from engine.memory import check_step, training_bytes
 from engine.runtime import Runtime, RuntimeConfig, choose_runtime
 from engine.training import TrainConfig, measure_of
 from formats.cards import save_with_card
-from formats.network import sketch_of, try_own
+from formats.network import sketch_of, try_network
 from formats.outputs import OUTPUTS
 from formats.plots import plot_training
 from formats.zoo import ZooConfig, locate_inputs
@@ -102,8 +102,8 @@ def train(args: argparse.Namespace, attack: Attack, config: TrainConfig, run: Ru
     workspace = open_workspace(args, run, runtime)
     dataset, model = workspace.dataset, workspace.model
     sketch = sketch_of(model, dataset.num_classes)
-    try_own(sketch, model, dataset.test)
-    check_step(training_bytes, sketch, min(config.batch_size, len(workspace.held)), runtime, dataset.train)
+    try_network(sketch, model, dataset.test)
+    check_step(training_bytes, sketch, min(config.batch_size, len(workspace.held)), runtime, dataset.train, copies=2)
     poisoned = attack.carry_out(workspace)
     count, total = len(poisoned.index), len(poisoned.train)
     if count:

@@ -87,8 +87,8 @@ def read_rgb(path: Path, size: Size, hint: str, resize: Resize | None = None) ->
             raise InputError(f"{path}: pixels of the kind {picture.mode}; convert the picture to 8 bits a channel")
         picture.load()
         picture.info.pop("transparency", None)  # of a palette, it would be applied with a warning
-        picture = picture.convert("RGB")
-        return torch.from_numpy(np.array(picture if resize is None else resize(picture, size)))
+        rgb = picture if picture.mode == "RGB" else picture.convert("RGB")
+        return torch.from_numpy(np.array(rgb if resize is None else resize(rgb, size)))
 
 
 def squash(picture: Image.Image, size: Size) -> Image.Image:

@@ -20,7 +20,7 @@ from data.datasets import (
     load_dataset,
 )
 from data.triggers import Trigger, count_unchanged, triggered_test_set
-from engine.memory import on_meta, parameter_bytes
+from engine.memory import meta_copy, on_meta, parameter_bytes
 from engine.runtime import Runtime
 from formats.cards import is_compact, read_card
 from formats.checkpoints import is_dense, load_strictly, read_state_dict
@@ -115,7 +115,7 @@ def load_network(args: argparse.Namespace, data_dir: str, runtime: Runtime) -> L
     dataset = load_dataset(data.dataset, data_dir, runtime.device, data.image_size)
     _check_classes(path, card, dataset)
     network = build_network(path, state_dict, model, dataset.num_classes, is_compact(card or {}))
-    try_own(network, model, dataset.test)
+    try_network(network, model, dataset.test)
     trigger = load_trigger_for(config.trigger_info, dataset.test) if config.trigger_info else None
     normalization = _normalization(config, card, dataset.normalization)
     announce(
@@ -205,32 +205,33 @@ def sketch_of(model: ModelConfig, num_classes: int) -> nn.Module:
     return build() if model.model else on_meta(build)
 
 
-def try_own(network: nn.Module, model: ModelConfig, images: ImageSet) -> None:
-    """Make sure that a network of the user's own takes the images and tells the classes apart; others do.
+def try_network(network: nn.Module, model: ModelConfig, images: ImageSet) -> None:
+    """Make sure that a network takes images of this size and tells their classes apart.
 
     Args:
-        network: on the CPU.
+        network: on the CPU or the meta device.
         model: what it is.
         images: such as it will see.
 
     Raises:
         InputError: it does not.
     """
-    if not model.model:
-        return
+    what = f"--model {model}" if model.model else f"--arch {model.arch}"
     height, width = images.images.shape[1:3]
     wanted = (2, images.num_classes)
     try:
         with torch.inference_mode():
-            logits = copy.deepcopy(network).eval()(torch.zeros(2, 3, height, width))
+            # own code may need content
+            tried, place = (copy.deepcopy(network), "cpu") if model.model else (meta_copy(network), "meta")
+            logits = tried.eval()(torch.zeros(2, 3, height, width, device=place))
     except Exception as error:  # the user's own code, which may fail in any way
         reason = shorten(str(error).partition("\n")[0])
         raise InputError(
-            f"--model {model}: the network fails on images of {height}x{width}: {type(error).__name__}: {reason}"
+            f"{what}: the network fails on images of {height}x{width}: {type(error).__name__}: {reason}"
         ) from error
     if not isinstance(logits, Tensor) or logits.shape != wanted or not logits.is_floating_point():
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise InputError(f"--model {model}: the network makes {found} of two images, expected logits {wanted}")
+        raise InputError(f"{what}: the network makes {found} of two images, expected logits {wanted}")
 
 
 def build_network(

@@ -13,7 +13,7 @@ from engine.evaluation import Evaluator
 from engine.runtime import Runtime
 from formats.cards import is_compact, read_card
 from formats.checkpoints import read_state_dict
-from formats.network import add_network_flags, build_network, load_network, settle_model
+from formats.network import add_network_flags, build_network, load_network, settle_model, try_network
 from models import ModelConfig
 from utils.config import Config, Range, add_flags, from_flags, setting
 from utils.console import announce
@@ -116,6 +116,7 @@ def load_surrogate(
     if card.keys() & {"arch", "widen_factor", "model"}:
         model = settle_model(path, card, own)
     network = build_network(path, state_dict, model, images.num_classes, is_compact(card))
+    try_network(network, model, images)
     return network, Normalization(tuple(known["mean"]), tuple(known["std"]))
 
 
