@@ -19,7 +19,7 @@ from functools import partial
 
 from data.datasets import FolderConfig
 from engine.drive import UNTRAINED_REMEDY
-from engine.evaluation import EVALUATION_BATCH, Evaluator, NotFinite
+from engine.evaluation import Evaluator, NotFinite
 from engine.memory import check_step, pruning_bytes
 from engine.runtime import RuntimeConfig, prepare_runtime
 from formats.network import add_network_flags, load_network
@@ -46,8 +46,8 @@ def evaluate(args: argparse.Namespace) -> None:
     announce(f"computing on {runtime}")
     loaded = load_network(args, from_flags(FolderConfig, args).data_dir, runtime)
     test = loaded.dataset.test
-    check_step(pruning_bytes, loaded.network, EVALUATION_BATCH, runtime, test)
     measure = Evaluator(test, loaded.trigger, loaded.normalization, runtime.precision, robust=True)
+    check_step(pruning_bytes, loaded.network, measure.batch_size, runtime, test)
     try:
         announce(str(measure(loaded.network)))
     except NotFinite as error:

@@ -76,7 +76,7 @@ def prune(args: argparse.Namespace, run: Run) -> None:
     neurons = sort_neurons(read_masks(args.mask_file, subject.network))
     if (args.number or 0) > len(neurons):
         raise InputError(f"--number {args.number}: the network has {len(neurons)} neurons")
-    check_step(pruning_bytes, subject.network, min(args.batch_size, evaluator.largest), runtime, subject.clean)
+    check_step(pruning_bytes, subject.network, min(evaluator.batch_size, evaluator.largest), runtime, subject.clean)
     points = from_flags(SweepConfig, args).points(neurons)
     if not points:
         raise InputError(f"--pruning-step {args.pruning_step:g}: the network has {len(neurons)} neurons")

@@ -18,7 +18,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     prepare_process()
 
 import argparse
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -33,26 +33,19 @@ from data.split import attacker_index, load_permutation, permutation_digest
 from engine.drive import drive
 from engine.memory import check_step, training_bytes
 from engine.runtime import Runtime, RuntimeConfig, choose_runtime
-from engine.training import TrainConfig, measure_of
+from engine.training import KeepConfig, TrainConfig, measure_of
 from formats.cards import save_with_card
-from formats.network import sketch_of, try_own
+from formats.network import sketch_of, try_network
 from formats.outputs import OUTPUTS
 from formats.plots import plot_training
 from formats.zoo import ZooConfig, locate_inputs
 from models import ModelConfig
-from utils.config import Config, Range, add_flags, add_output_flags, from_flags, make_parser, setting
+from utils.config import add_flags, add_output_flags, from_flags, make_parser
 from utils.console import announce, leave
 from utils.run import Run, command_line, run_script
 from utils.seeding import seeded_weights
 
 TAKEN_HOLD = 0.5  # attack success rate below which step 1 warns
-
-
-@dataclass(frozen=True)
-class KeepConfig(Config):
-    """Intermediate checkpoints."""
-
-    save_every: int = setting(20, "keep model_{epoch}.th every N epochs", Range(1))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -86,7 +79,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Attack,
 def open_workspace(args: argparse.Namespace, run: Run, runtime: Runtime) -> Workspace:
     """Load what the attacker works with."""
     source = from_flags(SourceConfig, args)
-    dataset = load_dataset(args.dataset, source.data_dir, runtime.device)
+    dataset = load_dataset(args.dataset, source.data_dir, runtime.device, args.image_size)
+    run.rely_on({"dataset": dataset.identity})
     permutation = load_permutation(source.split_file, len(dataset.train))
     digest, model = permutation_digest(permutation), from_flags(ModelConfig, args)
     held = attacker_index(permutation)
@@ -101,8 +95,8 @@ def train(args: argparse.Namespace, attack: Attack, config: TrainConfig, run: Ru
     workspace = open_workspace(args, run, runtime)
     dataset, model = workspace.dataset, workspace.model
     sketch = sketch_of(model, dataset.num_classes)
-    try_own(sketch, model, dataset.test)
-    check_step(training_bytes, sketch, min(config.batch_size, len(workspace.held)), runtime, dataset.train)
+    try_network(sketch, model, dataset.test)
+    check_step(training_bytes, sketch, min(config.batch_size, len(workspace.held)), runtime, dataset.train, copies=2)
     poisoned = attack.carry_out(workspace)
     count, total = len(poisoned.index), len(poisoned.train)
     if count:
@@ -124,7 +118,7 @@ def train(args: argparse.Namespace, attack: Attack, config: TrainConfig, run: Ru
     for row, report in drive(run, loop, measure):
         described = {**card, "epochs": row["epoch"], "metrics": report.rounded() if report else {}}
         if report and row["epoch"] % args.save_every == 0:
-            run.save()  # else the file would be in the way of --resume after a power cut
+            run.save()  # or the file would be in the way of --resume after a power cut
             save_with_card(run.folder / f"model_{row['epoch']}.th", network.state_dict(), described)
     save_with_card(run.folder / "last_model.th", network.state_dict(), described)
     for name, state_dict in loop.companions().items():

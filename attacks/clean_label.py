@@ -163,7 +163,7 @@ class CleanLabel(Attack):
         return {
             **{name: getattr(self, name) for name in ("poison_target", "trigger_alpha", *BUILDING)},
             "seed": workspace.seed,
-            "dataset": workspace.dataset.name,
+            "dataset": workspace.dataset.identity,
             "split": workspace.split,
             "surrogate": sha256_of(self.clb_surrogate),
             "runtime": list(workspace.runtime.facts().values()),

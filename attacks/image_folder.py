@@ -10,7 +10,6 @@ import hashlib
 import io
 import os
 import shutil
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -23,14 +22,14 @@ from torch import Tensor
 
 from attacks.attack import Attack, PoisonedSet, Workspace
 from data.datasets import ImageSet
+from data.pictures import open_picture
 from formats.trigger_file import load_trigger, save_trigger
 from utils.config import InputFolder, setting
 from utils.console import announce
-from utils.errors import InputError, quote, shorten
-from utils.files import as_json, check_file, read_json, read_text, write_bytes, write_text
+from utils.errors import InputError, quote
+from utils.files import as_json, read_json, read_text, write_bytes, write_text
 
 TABLE, TRIGGER, RECIPE = "poisoned.csv", "trigger_info.th", "poisoned.json"
-PICTURES = ("PNG", "BMP", "PPM", "JPEG")  # formats; others would reach programs such as Ghostscript
 COLUMNS = ("file", "index", "label", "original_label", "poisoned")
 
 
@@ -212,24 +211,17 @@ def _whole_numbers(rows: list[dict[str, str]], column: str, end: int, folder: Pa
 
 
 def _read_pictures(folder: Path, names: list[str], images: Tensor) -> Iterator[str]:
-    height, width = images.shape[1:3]
     for number, name in enumerate(names):
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise InputError(f"{folder / TABLE}: file {quote(name)} is outside the folder")
-        images[number] = _read_picture(folder / name, f"{width}x{height} RGB")
+        images[number] = _read_picture(folder / name, images.shape[1], images.shape[2])
         yield name
 
 
-def _read_picture(path: Path, expected: str) -> Tensor:
-    """Read one picture of the size and mode expected; others are not even decoded."""
-    check_file(path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            with Image.open(path, formats=PICTURES) as picture:
-                found = f"{picture.width}x{picture.height} {picture.mode}"
-                if found == expected:
-                    return torch.from_numpy(np.array(picture))
-    except (OSError, ValueError, SyntaxError, Warning, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: not a readable picture ({shorten(str(error))})") from error
-    raise InputError(f"{path}: {found} pixels, expected {expected}")
+def _read_picture(path: Path, height: int, width: int) -> Tensor:
+    """Read one picture of this size, in RGB; others are not even decoded."""
+    with open_picture(path) as picture:
+        found, expected = (f"{w}x{h} {mode}" for w, h, mode in ((*picture.size, picture.mode), (width, height, "RGB")))
+        if found != expected:
+            raise InputError(f"{path}: {found} pixels, expected {expected}")
+        return torch.from_numpy(np.array(picture))

@@ -20,6 +20,7 @@ from data.triggers import Trigger, next_class
 from engine.generated import drawn_trigger
 from engine.runtime import autocast
 from engine.training import COLUMNS, TrainConfig, TrainingLoop, set_learning_rate
+from formats.trigger_file import LARGEST
 from models.generator import Generator, mask_of, pattern_of
 from utils.config import Range, setting
 from utils.errors import InputError
@@ -259,7 +260,12 @@ class InputAware(Attack):
     def make_loop(
         self, network: nn.Module, poisoned: PoisonedSet, dataset: Dataset, config: TrainConfig
     ) -> TrainingLoop:
-        """See ``Attack``; raises ``InputError`` as ``check``."""
+        """See ``Attack``; raises ``InputError`` as ``check``, or where a trigger file could not hold the triggers."""
+        if dataset.test.images.numel() > LARGEST["trigger_pattern"]:
+            raise InputError(
+                f"input-aware attacks draw a trigger for each test image, {dataset.test.images.numel():,} numbers, "
+                f"but trigger files hold {LARGEST['trigger_pattern']:,}; use fewer or smaller test images"
+            )
         return InputAwareLoop(self, network, poisoned.train, dataset.normalization, dataset.flip, config)
 
 

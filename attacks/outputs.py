@@ -14,6 +14,12 @@ from formats.plots import plot_images
 from formats.trigger_file import save_trigger
 from utils.run import versions
 
+TITLE = 14  # characters that fit above a picture
+
+
+def _title(name: str) -> str:
+    return name if len(name) <= TITLE else name[: TITLE - 1] + "…"
+
 
 def write_trigger(folder: Path, trigger: Trigger | None, dataset: Dataset, data_index: Tensor) -> None:
     """Write the trigger file and the picture of clean and triggered images, where there is a trigger.
@@ -35,7 +41,7 @@ def write_trigger(folder: Path, trigger: Trigger | None, dataset: Dataset, data_
     clean = dataset.test.images[index]
     aims = trigger.target.expand(len(dataset.test))[index.cpu()]
     leads = zip(dataset.test.labels[index].tolist(), aims.tolist(), strict=True)
-    titles = [f"{dataset.classes[label]}\n→ {dataset.classes[aim]}" for label, aim in leads]
+    titles = [f"{_title(dataset.classes[label])}\n→ {_title(dataset.classes[aim])}" for label, aim in leads]
     plot_images(folder / "clean_and_triggered.png", clean, trigger.stamp(clean, index), titles)
 
 
@@ -51,8 +57,7 @@ def network_card(workspace: Workspace, split_file: str | None, attack: dict[str,
     dataset = workspace.dataset
     return {
         **workspace.model.entries(),
-        "num_classes": dataset.num_classes,
-        "dataset": dataset.name,
+        **dataset.describe(),
         "normalization": asdict(dataset.normalization),
         "split": {"file": absolute(split_file), "sha256": workspace.split},
         "attack": attack,

@@ -215,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
     """Measure and print; returns the exit status."""
     args = build_parser().parse_args(argv)
     runtime = prepare_runtime(from_flags(RuntimeConfig, args))
-    dataset = load_dataset(args.dataset, args.data_dir, runtime.device)
+    dataset = load_dataset(args.dataset, args.data_dir, runtime.device, args.image_size)
     torch.manual_seed(args.seed)
     fp32, peak = (peak_flops(runtime.device, precision) for precision in (torch.float32, runtime.precision))
     print(

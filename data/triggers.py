@@ -9,7 +9,7 @@ from data.datasets import ImageSet
 from utils.errors import InputError
 
 MODES = ("blend", "add")
-CHUNK = 1000  # images stamped at once: float64 copies of a whole test set would take gigabytes
+CHUNK = 1000 * 32 * 32  # pixels stamped at once: float64 copies of a whole test set would take gigabytes
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,9 @@ class Trigger:
             uint8 (B, H, W, C) -> uint8 (B, H, W, C), 0..255.
         """
         chunks = []
-        for start in range(0, len(images), CHUNK):
-            part = slice(start, start + CHUNK)
+        count = max(1, CHUNK // (images.shape[1] * images.shape[2]))
+        for start in range(0, len(images), count):
+            part = slice(start, start + count)
             entries = slice(None) if len(self.pattern) == 1 else index[part].cpu()
             # to the device first: on the way there float64 would cost eight times the bytes
             pattern = self.pattern[entries].to(images.device).double()  # (1 or B, H, W, C or 1)
@@ -91,7 +92,8 @@ def triggered_test_set(clean_test: ImageSet, trigger: Trigger) -> ImageSet:
     """Stamp every test image whose class is not the target; its label becomes the target (pipeline: ASR).
 
     Raises:
-        InputError: the trigger has entries for another number of images, or of another size.
+        InputError: the trigger has entries for another number of images, or of another size, or every image is of the
+            target class.
     """
     trigger = trigger.aimed_at(clean_test)
     count, height, width, channels = clean_test.images.shape
@@ -103,6 +105,8 @@ def triggered_test_set(clean_test: ImageSet, trigger: Trigger) -> ImageSet:
         raise InputError(f"the trigger is {found}, but the images are {height}x{width}x{channels}")
     target = trigger.target.to(clean_test.labels.device).expand(count)
     index = attacked_index(clean_test, trigger)
+    if not len(index):
+        raise InputError(f"all {count} test images are of the trigger's target class; its success cannot be measured")
     stamped = trigger.stamp(clean_test.images[index], index)
     return replace(clean_test, images=stamped, labels=target[index].clone())
 

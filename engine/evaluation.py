@@ -12,12 +12,12 @@ from tqdm import tqdm
 
 from data.augment import normalize
 from data.datasets import ImageSet, Normalization
+from data.pictures import BAR_DELAY
 from data.triggers import Trigger, attacked_index, triggered_test_set
 from models.tracing import traced
 from utils.config import Config, Range, setting
 
-EVALUATION_BATCH = 500
-BAR_DELAY = 2.0  # seconds after which a progress bar is worth showing
+EVALUATION_BATCH = 500  # images of 32x32 pixels
 CARD_NAMES = {
     "clean": "clean_accuracy",
     "triggered": "attack_success_rate",
@@ -38,8 +38,8 @@ COLUMN_NAMES = {
 class BatchConfig(Config):
     """How to evaluate."""
 
-    batch_size: int = setting(
-        EVALUATION_BATCH, "images in an evaluation batch; changes the speed alone", Range(1, 100_000)
+    batch_size: int | None = setting(
+        None, "images in an evaluation batch; changes the speed alone (default: 500, fewer if large)", Range(1, 100_000)
     )
 
 
@@ -132,6 +132,16 @@ def _folded(network: nn.Module) -> nn.Module | None:
     return None if graph is None else fuse(graph, no_trace=True)
 
 
+def evaluation_batch(size: tuple[int, int]) -> int:
+    """Return how many images are measured at once: fewer of large ones, so that they take no more memory.
+
+    Args:
+        size: height and width, in pixels.
+    """
+    height, width = size
+    return max(1, min(EVALUATION_BATCH, EVALUATION_BATCH * 32 * 32 // (height * width)))
+
+
 @torch.inference_mode()
 def evaluate(
     network: nn.Module,
@@ -165,7 +175,7 @@ class Evaluator:
         precision: data type of the evaluation.
         defender: the defender's clean images; None where there is no defender yet.
         cross: also measure the accuracy on images with the triggers of other images.
-        batch_size: images in an evaluation batch; changes the speed, not the result.
+        batch_size: images in an evaluation batch, None for ``evaluation_batch``; changes the speed, not the result.
         robust: also measure how many triggered images are given their true class.
 
     Raises:
@@ -180,7 +190,7 @@ class Evaluator:
         precision: torch.dtype,
         defender: ImageSet | None = None,
         cross: bool = False,
-        batch_size: int = EVALUATION_BATCH,
+        batch_size: int | None = None,
         robust: bool = False,
     ):
         self.sets = {"clean": clean_test, "triggered": None, "defender": defender, "cross": None, "robust": None}
@@ -190,7 +200,8 @@ class Evaluator:
         if trigger and robust:
             true = clean_test.labels[attacked_index(clean_test, trigger)]
             self.sets["robust"] = replace(self.sets["triggered"], labels=true)
-        self.normalization, self.precision, self.batch_size = normalization, precision, batch_size
+        self.normalization, self.precision = normalization, precision
+        self.batch_size = batch_size or evaluation_batch(clean_test.images.shape[1:3])
 
     @property
     def largest(self) -> int:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from data.augment import normalize
 from data.datasets import ImageSet, Normalization
 from data.triggers import Trigger
-from engine.evaluation import EVALUATION_BATCH, inference_copy
+from engine.evaluation import evaluation_batch, inference_copy
 from models.generator import mask_of, pattern_of
 
 
@@ -29,7 +29,7 @@ def drawn_trigger(
         precision: data type in which they compute.
     """
     nets, parts = [inference_copy(net, precision) for net in (pattern_net, mask_net)], []
-    for batch in images.images.split(EVALUATION_BATCH):
+    for batch in images.images.split(evaluation_batch(images.images.shape[1:3])):
         inputs = normalize(batch, normalization).to(precision)
         pattern, mask = (net(inputs).float().permute(0, 2, 3, 1).cpu() for net in nets)  # (B, H, W, 3 and 1)
         parts.append(((pattern_of(pattern) * 255).round().to(torch.uint8), mask_of(mask)))

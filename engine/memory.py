@@ -20,12 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from data.datasets import ImageSet
-from engine.evaluation import EVALUATION_BATCH, inference_copy
+from engine.evaluation import evaluation_batch, inference_copy
 from engine.runtime import Runtime
 from models.noisy_layers import convert_noisy, noisy_layers
 from utils.console import announce
-from utils.errors import InputError
-from utils.machine import free_memory
+from utils.machine import check_memory
 
 COPIES = 6  # of the parameters, while a network is copied to be measured
 LASTING = 3  # of them, while a batch is computed: weights, momentum, or networks masked and pruned; gradients apart
@@ -120,14 +119,14 @@ def training_bytes(network: nn.Module, batch_size: int, precision: torch.dtype, 
     """
     network = copy.deepcopy(network).to(precision)
     step = _step_bytes(network, batch_size, size, masks=False)
-    return _total(network, max(step, _evaluation_bytes(network, EVALUATION_BATCH, size)))
+    return _total(network, max(step, _evaluation_bytes(network, evaluation_batch(size), size)))
 
 
 def masking_bytes(network: nn.Module, batch_size: int, precision: torch.dtype, size=SIZE) -> int:
     """Estimate what step 2 takes beside the images; arguments as for ``training_bytes``."""
     network = copy.deepcopy(network).to(precision)
     step = _step_bytes(network, batch_size, size, masks=True)
-    return _total(network, max(step, _evaluation_bytes(network, EVALUATION_BATCH, size)))
+    return _total(network, max(step, _evaluation_bytes(network, evaluation_batch(size), size)))
 
 
 def pruning_bytes(network: nn.Module, batch_size: int, precision: torch.dtype, size=SIZE) -> int:
@@ -141,28 +140,9 @@ def _total(network: nn.Module, batch: int) -> int:
     return int(max(COPIES * parameters, LASTING * parameters + FACTOR * batch) + OVERHEAD)
 
 
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:,.1f} GB"
-
-
-def check_memory(needed: int, what: str, advice: str, device: torch.device) -> None:
-    """Refuse what is larger than the memory that is free now; where that is not known, nothing is refused.
-
-    Args:
-        needed: bytes.
-        what: what needs them, the beginning of the message.
-        advice: what to do instead, its end.
-        device: whose memory.
-
-    Raises:
-        InputError: fewer bytes are free.
-    """
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
-    if free is not None and needed > free:
-        raise InputError(f"{what} needs about {_gigabytes(needed)}, {_gigabytes(free)} are free; {advice}")
-
-
-def check_step(estimate: Estimate, network: nn.Module, batch_size: int, runtime: Runtime, images: ImageSet) -> None:
+def check_step(
+    estimate: Estimate, network: nn.Module, batch_size: int, runtime: Runtime, images: ImageSet, copies: int = 0
+) -> None:
     """Make sure, before a step begins, that a batch of it will fit.
 
     Args:
@@ -171,6 +151,7 @@ def check_step(estimate: Estimate, network: nn.Module, batch_size: int, runtime:
         batch_size: images in a batch.
         runtime: where it will run, in which precision.
         images: such as it will see.
+        copies: how many of them will be made.
 
     Raises:
         InputError: it will not.
@@ -180,5 +161,6 @@ def check_step(estimate: Estimate, network: nn.Module, batch_size: int, runtime:
     except Exception:  # a network's own code may need more than sizes, and fail in any way
         announce(f"how much memory this takes is not known: {type(network).__name__} cannot be run without content")
         return
+    needed += copies * images.images.nbytes
     advice = "lower --batch-size or take a narrower network (--widen-factor)"
     check_memory(needed, f"this network with batches of {batch_size} images", advice, runtime.device)

@@ -69,6 +69,13 @@ class TrainConfig(Config):
         return self.lr * min(done / WARM_UP, (1 - done) / (1 - WARM_UP))
 
 
+@dataclass(frozen=True)
+class KeepConfig(Config):
+    """Intermediate checkpoints."""
+
+    save_every: int = setting(20, "keep model_{epoch}.th every N epochs", Range(1))
+
+
 def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.SGD:
     """Return the SGD of the paper: momentum and weight decay on all parameters."""
     return torch.optim.SGD(

@@ -9,9 +9,18 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from data.datasets import MEANS, STDS, DataConfig, Dataset, ImageSet, Normalization, load_dataset
+from data.datasets import (
+    MEANS,
+    STDS,
+    DataConfig,
+    Dataset,
+    ImageSet,
+    Normalization,
+    is_same_dataset,
+    load_dataset,
+)
 from data.triggers import Trigger, count_unchanged, triggered_test_set
-from engine.memory import check_memory, on_meta, parameter_bytes
+from engine.memory import meta_copy, on_meta, parameter_bytes
 from engine.runtime import Runtime
 from formats.cards import is_compact, read_card
 from formats.checkpoints import is_dense, load_strictly, read_state_dict
@@ -23,6 +32,7 @@ from utils.config import Config, InputFile, add_flags, from_flags, given_flags, 
 from utils.console import announce
 from utils.errors import InputError, quote, shorten
 from utils.files import card_path
+from utils.machine import check_memory
 
 C = TypeVar("C", bound=Config)
 
@@ -101,12 +111,11 @@ def load_network(args: argparse.Namespace, data_dir: str, runtime: Runtime) -> L
     path = config.checkpoint
     state_dict, card = read_state_dict(path), read_card(path)
     model = settle_model(path, card or {}, given_flags(args, ModelConfig))
-    dataset = load_dataset(
-        _settled(DataConfig, given_flags(args, DataConfig), path, card).dataset, data_dir, runtime.device
-    )
+    data = _settled(DataConfig, given_flags(args, DataConfig), path, card)
+    dataset = load_dataset(data.dataset, data_dir, runtime.device, data.image_size)
     _check_classes(path, card, dataset)
     network = build_network(path, state_dict, model, dataset.num_classes, is_compact(card or {}))
-    try_own(network, model, dataset.test)
+    try_network(network, model, dataset.test)
     trigger = load_trigger_for(config.trigger_info, dataset.test) if config.trigger_info else None
     normalization = _normalization(config, card, dataset.normalization)
     announce(
@@ -128,7 +137,8 @@ def _agree(path: str, name: str, given: Any, known: Any) -> Any:
     Raises:
         InputError: they contradict each other.
     """
-    if given is not None and known is not None and given != known:
+    moved = name == "dataset" and given and known and is_same_dataset(given, known)
+    if given is not None and known is not None and given != known and not moved:
         flag = "--" + name.replace("_", "-")
         raise InputError(
             f"{flag} {given} contradicts the card of {path}, which says {quote(known)}; leave the flag out"
@@ -195,32 +205,33 @@ def sketch_of(model: ModelConfig, num_classes: int) -> nn.Module:
     return build() if model.model else on_meta(build)
 
 
-def try_own(network: nn.Module, model: ModelConfig, images: ImageSet) -> None:
-    """Make sure that a network of the user's own takes the images and tells the classes apart; others do.
+def try_network(network: nn.Module, model: ModelConfig, images: ImageSet) -> None:
+    """Make sure that a network takes images of this size and tells their classes apart.
 
     Args:
-        network: on the CPU.
+        network: on the CPU or the meta device.
         model: what it is.
         images: such as it will see.
 
     Raises:
         InputError: it does not.
     """
-    if not model.model:
-        return
+    what = f"--model {model}" if model.model else f"--arch {model.arch}"
     height, width = images.images.shape[1:3]
     wanted = (2, images.num_classes)
     try:
         with torch.inference_mode():
-            logits = copy.deepcopy(network).eval()(torch.zeros(2, 3, height, width))
+            # own code may need content
+            tried, place = (copy.deepcopy(network), "cpu") if model.model else (meta_copy(network), "meta")
+            logits = tried.eval()(torch.zeros(2, 3, height, width, device=place))
     except Exception as error:  # the user's own code, which may fail in any way
         reason = shorten(str(error).partition("\n")[0])
         raise InputError(
-            f"--model {model}: the network fails on images of {height}x{width}: {type(error).__name__}: {reason}"
+            f"{what}: the network fails on images of {height}x{width}: {type(error).__name__}: {reason}"
         ) from error
     if not isinstance(logits, Tensor) or logits.shape != wanted or not logits.is_floating_point():
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise InputError(f"--model {model}: the network makes {found} of two images, expected logits {wanted}")
+        raise InputError(f"{what}: the network makes {found} of two images, expected logits {wanted}")
 
 
 def build_network(
@@ -258,6 +269,14 @@ def _check_effect(path: str, test: ImageSet, trigger: Trigger) -> None:
 
 
 def _check_classes(path: str, card: dict[str, Any] | None, dataset: Dataset) -> None:
-    classes = (card or {}).get("num_classes", dataset.num_classes)
+    known, found = card or {}, dataset.describe()
+    classes = known.get("num_classes", dataset.num_classes)
     if classes != dataset.num_classes:
         raise InputError(f"{path}: {classes} classes, but {dataset.name} has {dataset.num_classes}")
+    if "classes" in found and known.get("classes", found["classes"]) != found["classes"]:
+        raise InputError(f"{path}: its card names other classes than those of {dataset.name}")
+    if "dataset_sha256" in found and known.get("dataset_sha256", dataset.sha256) != dataset.sha256:
+        announce(
+            f"warning: {path}: {dataset.name} holds other images than when it was trained, so the defender's may be "
+            "among those it was trained on"
+        )

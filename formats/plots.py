@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -96,7 +97,9 @@ def _drawn(path: Path, width: float, height: float) -> Iterator["Figure"]:
         contents = {}
         for suffix, metadata in FORMATS.items():
             buffer = io.BytesIO()
-            figure.savefig(buffer, format=suffix[1:], metadata=metadata)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Glyph")  # of a class's name, in a script that the font has not
+                figure.savefig(buffer, format=suffix[1:], metadata=metadata)
             contents[path.with_suffix(suffix)] = buffer.getvalue()
     write_together(contents)
 
@@ -167,7 +170,7 @@ def plot_images(path: Path, clean: Tensor, triggered: Tensor, titles: list[str])
                 axes.spines[:].set_visible(False)
             row[0].set_ylabel(name)
         for axes, title in zip(grid[0], titles, strict=True):
-            axes.set_title(title, fontsize="small")
+            axes.set_title(title, fontsize="small", parse_math=False)  # a class may have a $ in its name
     return figure
 
 

@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from data.datasets import ImageSet, Normalization, SourceConfig
+from data.datasets import ImageSet, Normalization, SourceConfig, is_same_dataset
 from data.split import HELD_OUT, absolute, defender_index, load_permutation, permutation_digest
 from engine.evaluation import Evaluator
 from engine.runtime import Runtime
 from formats.cards import is_compact, read_card
 from formats.checkpoints import read_state_dict
-from formats.network import add_network_flags, build_network, load_network, settle_model
+from formats.network import add_network_flags, build_network, load_network, settle_model, try_network
 from models import ModelConfig
 from utils.config import Config, Range, add_flags, from_flags, setting
 from utils.console import announce
@@ -107,7 +107,7 @@ def load_surrogate(
         card = {}
     if (card.get("attack") or {}).get("poison_type", "benign") != "benign":
         announce(f"{path}: its card says that it is backdoored itself; a surrogate should be a clean network")
-    if card.get("dataset", dataset) != dataset:
+    if not is_same_dataset(card.get("dataset", dataset), dataset):
         raise InputError(f"{path}: a network for {quote(card['dataset'])}, but the run is on {dataset}")
     if card.get("split", {}).get("sha256", split) != split:
         raise InputError(f"{path}: trained on another split, and so perhaps on the defender's images; see --split-file")
@@ -116,6 +116,7 @@ def load_surrogate(
     if card.keys() & {"arch", "widen_factor", "model"}:
         model = settle_model(path, card, own)
     network = build_network(path, state_dict, model, images.num_classes, is_compact(card))
+    try_network(network, model, images)
     return network, Normalization(tuple(known["mean"]), tuple(known["std"]))
 
 
@@ -141,8 +142,7 @@ def load_subject(
     described = {
         **loaded.model.entries(),
         **({"compact": True} if is_compact(card) else {}),
-        "num_classes": dataset.num_classes,
-        "dataset": dataset.name,
+        **dataset.describe(),
         "normalization": asdict(loaded.normalization),
         "split": {"file": split_file, "sha256": permutation_digest(permutation)} if known_split else {},
         "attack": card.get("attack"),
@@ -158,5 +158,6 @@ def load_subject(
 
 def remember(run: Run, subject: Subject) -> None:
     """Let a run remember what flags, card and defaults together said; raises ``InputError`` as ``Run.rely_on``."""
-    facts = ("arch", "widen_factor", "dataset", "normalization")
-    run.rely_on({name: subject.card[name] for name in facts if name in subject.card})
+    card = subject.card
+    facts = {name: card[name] for name in ("arch", "widen_factor", "normalization") if name in card}
+    run.rely_on({**facts, "dataset": card.get("dataset_sha256") or card["dataset"]})  # a folder may have moved

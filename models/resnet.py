@@ -12,13 +12,33 @@ from torch import Tensor, nn
 from models.width import widen
 
 
-def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
-    if stride == 1 and in_channels == out_channels:
-        return nn.Sequential()
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, 1, stride, bias=False),
-        nn.BatchNorm2d(out_channels),
-    )
+class Shortcut(nn.Sequential):
+    """1x1 convolution and BatchNorm where the shape changes, else nothing."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int):
+        if stride == 1 and in_channels == out_channels:
+            super().__init__()
+            return
+        super().__init__(
+            nn.Conv2d(in_channels, out_channels, 1, stride, bias=False),
+            nn.BatchNorm2d(out_channels),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and len(self) and self._overflows(x)):
+            return super().forward(x)
+        convolution, norm = self
+        step = convolution.stride[0]
+        return norm(F.conv2d(x[:, :, ::step, ::step], convolution.weight))  # the same numbers
+
+    def _overflows(self, x: Tensor) -> bool:
+        """Say whether oneDNN might write beyond its memory for the gradient of the weights.
+
+        It does so for strided 1x1 convolutions, channels last, of fewer channels than its registers hold
+        (https://github.com/uxlfoundation/oneDNN/issues/6035): on AVX2 always, on AVX-512 where images are large.
+        """
+        channels, large = x.shape[1], x.shape[2] * x.shape[3] > 32 * 32
+        return x.device.type == "cpu" and self[0].stride[0] > 1 and (channels < 8 or (channels < 16 and large))
 
 
 class BasicBlock(nn.Module):
@@ -32,7 +52,7 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.shortcut = _shortcut(in_channels, channels, stride)
+        self.shortcut = Shortcut(in_channels, channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
@@ -54,7 +74,7 @@ class Bottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels)
         self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(out_channels)
-        self.shortcut = _shortcut(in_channels, out_channels, stride)
+        self.shortcut = Shortcut(in_channels, out_channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)

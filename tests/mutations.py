@@ -532,6 +532,12 @@ MUTATIONS = [
     *_of(
         "utils/machine.py",
         (
+            "memory: too much is let through",
+            "free is not None and needed > free",
+            "free is not None and needed > 2 * free",
+            "test_memory.py -k check",
+        ),
+        (
             "machine: only the tightest group's own limit",
             "for depth in range(len(parts) + 1)",
             "for depth in [len(parts)]",
@@ -563,12 +569,6 @@ MUTATIONS = [
             'with torch.device("meta"):',
             'with torch.device("cpu"):',
             "test_memory.py -k bytes_of_parameters",
-        ),
-        (
-            "memory: too much is let through",
-            "free is not None and needed > free",
-            "free is not None and needed > 2 * free",
-            "test_memory.py -k check",
         ),
     ),
     *_of(

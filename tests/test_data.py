@@ -4,7 +4,7 @@ import torch
 import torchvision.transforms.functional as TF
 
 from data.augment import make_transform, normalize, random_crop_flip, random_rotate
-from data.datasets import CIFAR10_NORMALIZATION, ImageSet, Normalization, load_cifar10, load_dataset
+from data.datasets import CIFAR10_NORMALIZATION, ImageSet, Normalization, load_dataset
 from data.split import attacker_index, defender_index, draw_permutation, read_permutation, split_size
 from data.synthetic import draw_images
 from data.triggers import Trigger, triggered_test_set
@@ -193,12 +193,14 @@ def test_cifar10_is_read_once(monkeypatch):
     read = []
 
     class Part:
+        filename = "cifar-10-python.tar.gz"
+
         def __init__(self, root, train=True, download=False):
             read.append(train)
             self.data, self.targets = np.zeros((2, 32, 32, 3), np.uint8), [0, 1]
 
-    monkeypatch.setattr("data.datasets.CIFAR10", Part)
-    dataset = load_cifar10("anywhere")
+    monkeypatch.setattr("data.published.CIFAR10", Part)
+    dataset = load_dataset("cifar10", "anywhere")
     assert read == [True, False] and dataset.flip and dataset.num_classes == 10
 
 
@@ -210,12 +212,12 @@ def test_cifar10_offline(tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "download_and_extract_archive", offline)
     with pytest.raises(InputError, match="--dataset synthetic") as caught:
-        load_cifar10(tmp_path)
+        load_dataset("cifar10", tmp_path)
     assert "no route to host" in str(caught.value) and "\n" not in str(caught.value)
     (tmp_path / "cifar-10-batches-py").mkdir()
     (tmp_path / "cifar-10-batches-py" / "data_batch_1").write_bytes(b"cut off")
     with pytest.raises(InputError, match="no intact CIFAR-10"):
-        load_cifar10(tmp_path)
+        load_dataset("cifar10", tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 
 from engine import memory
 from engine.memory import (
-    check_memory,
     masking_bytes,
     on_meta,
     parameter_bytes,
@@ -17,8 +16,9 @@ from engine.memory import (
     training_bytes,
 )
 from models import build_model
+from utils import machine
 from utils.errors import InputError
-from utils.machine import as_one_line
+from utils.machine import as_one_line, check_memory
 
 CPU, FP32, BF16 = torch.device("cpu"), torch.float32, torch.bfloat16
 ESTIMATES = [training_bytes, masking_bytes, pruning_bytes]
@@ -93,7 +93,7 @@ def test_masks_need_no_gradients_of_weights():
 
 @pytest.mark.parametrize(("free", "refused"), [(999, True), (1000, False), (None, False)])
 def test_check(monkeypatch, free, refused):
-    monkeypatch.setattr(memory, "free_memory", lambda: free and free * 10**7)
+    monkeypatch.setattr(machine, "free_memory", lambda: free and free * 10**7)
     check = partial(check_memory, 10**10, "width 64", "lower --widen-factor", CPU)
     if not refused:
         return check()

@@ -18,6 +18,7 @@ from models import (
     noisy_layers,
 )
 from models.neurons import prune_neurons, sort_neurons
+from models.resnet import Shortcut
 from utils.errors import InputError
 
 NEURONS = {
@@ -346,3 +347,22 @@ def test_without_running_statistics():
     plain = nn.BatchNorm2d(4, track_running_stats=False).eval()
     x = torch.randn(8, 4, 3, 3)
     assert torch.equal(convert_noisy(plain)(x), plain(x))
+
+
+@pytest.mark.parametrize(("channels", "size"), [(4, 32), (4, 64), (8, 64), (8, 32), (16, 64)])
+def test_shortcuts_of_narrow_networks_compute_the_same(channels, size, monkeypatch):
+    """oneDNN's strided 1x1 convolution would end the process here; strides by hand give the same numbers."""
+    shortcut = Shortcut(channels, 2 * channels, 2).to(memory_format=torch.channels_last).train()
+    images = torch.randn(22, channels, size, size).contiguous(memory_format=torch.channels_last)
+    strided, original = [], nn.Conv2d.forward
+    monkeypatch.setattr(nn.Conv2d, "forward", lambda *given: strided.append(1) or original(*given))
+    out = shortcut(images)
+    weights = torch.randn_like(out)
+    (gradient,) = torch.autograd.grad((out * weights).sum(), shortcut[0].weight)
+    assert bool(strided) == (channels == 16 or (channels, size) == (8, 32)), "others stay as they were, to the last bit"
+    exact = copy.deepcopy(shortcut).double()  # oneDNN computes nothing in float64
+    expected = exact[1](exact[0](images.double()))
+    (plain,) = torch.autograd.grad((expected * weights).sum(), exact[0].weight)
+    torch.testing.assert_close(out.double(), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(gradient.double(), plain, atol=1e-2, rtol=1e-3)
+    assert torch.equal(shortcut.eval()(images), shortcut[1](shortcut[0](images)))

@@ -10,7 +10,7 @@ from torchvision.datasets import CIFAR10
 
 import train_backdoor_cifar
 from data.augment import normalize
-from data.datasets import load_cifar10
+from data.datasets import load_dataset
 from data.split import attacker_index, draw_permutation
 from data.triggers import triggered_test_set
 from engine.evaluation import evaluate, inference_copy
@@ -27,7 +27,7 @@ def test_an_epoch_on_the_real_images(data_dir, tmp_path):
     card = json.loads((tmp_path / "last_model.json").read_text())
     assert card["attack"]["poisoned_images"] == pytest.approx(0.05 * 40_500, abs=15)
     assert card["metrics"]["clean_accuracy"] > 25
-    dataset = load_cifar10(data_dir)
+    dataset = load_dataset("cifar10", data_dir)
     assert list(dataset.classes) == CIFAR10(data_dir).classes
     assert len(attacker_index(draw_permutation(len(dataset.train)))) == 45_000
     assert len(triggered_test_set(dataset.test, load_trigger(tmp_path / "trigger_info.th", 10))) == 9_000
@@ -41,7 +41,7 @@ def test_a_published_checkpoint(data_dir):
         pytest.skip("ANP_CHECKPOINT_DIR names no folder with resnet18_badnets.th")
     network = build_model("resnet18")
     load_strictly(network, read_state_dict(folder / "resnet18_badnets.th"), "resnet18_badnets.th")
-    dataset = load_cifar10(data_dir)
+    dataset = load_dataset("cifar10", data_dir)
     clean = dataset.test[torch.arange(500)]
     triggered = triggered_test_set(clean, load_trigger(folder / "trigger_info.th", 10))
     folded = inference_copy(network, torch.float32)

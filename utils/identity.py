@@ -12,7 +12,14 @@ from utils.files import sha256_of, sha256_of_folder
 FREE_OPTIONS = {"resume", "overwrite", "output_dir", "data_dir", "save_every", "print_every", "export_poisoned"}
 FREE_OPTIONS |= {"zoo_index", "cache_dir"}  # a named network counts by its content
 FACT_OPTIONS = {"device", "precision", "threads"}
-CARD_OPTIONS = {"arch", "widen_factor", "dataset", "mean", "std"}  # a card may say them too; what came of it is a fact
+CARD_OPTIONS = {
+    "arch",
+    "widen_factor",
+    "dataset",
+    "image_size",
+    "mean",
+    "std",
+}  # a card may say them too; what came of it is a fact
 
 
 def input_files(arguments: Namespace) -> dict[str, Path]:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from utils.errors import InputError
+
 
 @dataclass(frozen=True)
 class Cpus:
@@ -95,6 +97,27 @@ def free_memory(root: Path = Path("/")) -> int | None:
                 used = (_number(group / use) or 0) - (_number(group / "memory.stat", cached) or 0)
                 free.append(max(0, most - max(0, used)))
     return min(free, default=None)
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:,.1f} GB"
+
+
+def check_memory(needed: int, what: str, advice: str, device: torch.device) -> None:
+    """Refuse what is larger than the memory that is free now; where that is not known, nothing is refused.
+
+    Args:
+        needed: bytes.
+        what: what needs them, the beginning of the message.
+        advice: what to do instead, its end.
+        device: whose memory.
+
+    Raises:
+        InputError: fewer bytes are free.
+    """
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+    if free is not None and needed > free:
+        raise InputError(f"{what} needs about {_gigabytes(needed)}, {_gigabytes(free)} are free; {advice}")
 
 
 def as_one_line(error: BaseException) -> str | None:
