@@ -266,6 +266,20 @@ def optimize_masks(
         yield AnpStep(state.iteration, *values)
 
 
+def hold_frozen(noisy: nn.Module, precision: torch.dtype) -> None:
+    """Hold the frozen weights of convolutions and linear layers in the data type in which they compute.
+
+    Autocast would round them anew in every pass; the results are the same to the last bit.
+
+    Args:
+        noisy: a converted network, changed in place. Layers with masks stay as they are.
+        precision: data type of convolutions and linear layers.
+    """
+    for layer in noisy.modules():
+        if type(layer) in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear):  # a subclass may compute with its weights
+            layer.to(precision)
+
+
 def apply_masks(network: nn.Module, noisy: nn.Module) -> nn.Module:
     """Return a copy of a network whose neurons' weights are multiplied by learnt masks.
 
@@ -304,6 +318,7 @@ class MaskLoop:
         self.subject, self.config, self.row_every = subject, config, row_every
         self.transform = make_transform(subject.normalization, subject.flip)
         self.noisy = convert_noisy(subject.network)
+        hold_frozen(self.noisy, config.precision)
         self.state = AnpState.start(self.noisy)
         self.means = Means(4, self.state.mask.device)  # loss, natural loss, perturbed loss, accuracy
         self.total = config.iterations

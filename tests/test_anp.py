@@ -17,7 +17,7 @@ from data.datasets import CIFAR10_NORMALIZATION, SYNTHETIC_NORMALIZATION, ImageS
 from data.synthetic import draw_images
 from defenses import AnpConfig, AnpState, mask_values, optimize_masks, score
 from defenses import anp as module
-from defenses.anp import MaskLoop, _iterate, apply_masks, draw_batch
+from defenses.anp import MaskLoop, _iterate, apply_masks, draw_batch, hold_frozen
 from engine.cuda_graph import record
 from formats.checkpoints import load_strictly, read_state_dict
 from formats.mask_file import read_masks, write_masks
@@ -183,6 +183,17 @@ def test_the_seed_decides(network, images, labels):
         list(optimize_masks(noisy, images, labels, settings(seed=seed)))
         results.append(mask_values(noisy))
     assert results[0] == results[1] != results[2]
+
+
+def test_frozen_weights_held_in_bfloat16_give_the_same_bits(network, images, labels):
+    masks = []
+    for precision in (torch.float32, torch.bfloat16):  # in which the frozen weights lie; bfloat16 computes both times
+        noisy, config = convert_noisy(network), settings(precision=torch.bfloat16, iterations=4)
+        hold_frozen(noisy, precision)
+        assert noisy.conv1.weight.dtype == precision and noisy.bn1.weight.dtype == torch.float32
+        list(optimize_masks(noisy, images, labels, config))
+        masks.append(torch.cat([layer.mask for layer in noisy_layers(noisy).values()]))
+    assert torch.equal(*masks) and masks[0].min() < 0.99
 
 
 def test_bfloat16_ends_in_the_same_place(trained):
