@@ -253,9 +253,8 @@ def optimize_masks(
         with torch.inference_mode(False), torch.enable_grad():  # whatever the caller has set
             batch = draw_batch(images, labels, len(state.mask), config, state.iteration, transform)
         for layer in layers:
-            layer.training = isinstance(
-                layer, NoisyBatchNorm
-            )  # its children, such as the dropout of timm's BatchNormAct2d, stay in eval mode
+            # of a BatchNorm alone: its children, such as the dropout of timm's BatchNormAct2d, stay in eval mode
+            layer.training = isinstance(layer, NoisyBatchNorm)
         changed = state.mask, state.momentum
         iterate = iterate or replayed(lambda batch: _iterate(network, config, state, batch), changed, batch)
         with torch.inference_mode(False), torch.enable_grad():

@@ -22,7 +22,7 @@ from formats.network import build_network
 from formats.outputs import OUTPUTS
 from models import ARCHITECTURES, ModelConfig, build_model
 from models.compact import compact
-from models.neurons import affine_norms
+from models.neuron_layers import neuron_layers
 from utils.config import InputCode
 from utils.errors import InputError
 from utils.signals import Interrupted
@@ -33,7 +33,7 @@ SIZE = (3, 16, 16)
 def randomize(network, share=0.45):
     """Give BatchNorms statistics of their own and prune a share of their channels, with shifts of both signs."""
     torch.manual_seed(0)
-    for layer in affine_norms(network).values():
+    for layer in neuron_layers(network).values():
         layer.weight.data.uniform_(0.5, 1.5)
         layer.bias.data.normal_(0, 0.5)
         layer.running_mean.normal_(0, 0.2)
@@ -101,8 +101,8 @@ def test_nothing_and_everything_pruned(share):
     network = randomize(build_model("vgg19_bn", 10, 1 / 8), share)
     smaller, dropped, obstacle = compact(network, (3, 32, 32))
     assert obstacle is None and same(network, smaller, (3, 32, 32))
-    widths = [layer.num_features for layer in affine_norms(smaller).values()]
-    assert set(widths) == {1} if share else widths == [layer.num_features for layer in affine_norms(network).values()]
+    widths = [layer.num_features for layer in neuron_layers(smaller).values()]
+    assert set(widths) == {1} if share else widths == [layer.num_features for layer in neuron_layers(network).values()]
     assert bool(dropped) == bool(share)
 
 

@@ -33,7 +33,7 @@ from formats.outputs import OUTPUTS
 from formats.subject import load_subject
 from formats.trigger_file import save_trigger
 from models import Neuron, build_model
-from models.neurons import affine_norms
+from models.neuron_layers import neuron_layers
 from tests.conftest import WIDTH
 from tests.small import interrupt_after
 from utils.errors import InputError
@@ -434,12 +434,12 @@ def test_the_operating_point_follows_the_defenders_accuracy_alone(
     checkpoint, tmp_path, network, monkeypatch, choice, pruned
 ):
     """On the test set 60 neurons would be the most to prune, and for the ASR all 300."""
-    names = [(name, index) for name, layer in affine_norms(network).items() for index in range(layer.num_features)]
+    names = [(name, index) for name, layer in neuron_layers(network).items() for index in range(layer.num_features)]
     neurons = [Neuron(*name, number // 60 / 10 + 0.1) for number, name in enumerate(names)]
     write_masks(tmp_path / "masks.txt", neurons, sha256_of(checkpoint[1]))
 
     def evaluate(network):
-        count = sum(int((layer.weight == 0).sum()) for layer in affine_norms(network).values())
+        count = sum(int((layer.weight == 0).sum()) for layer in neuron_layers(network).values())
         return Report(
             clean=Metrics(1.0, 0.9 if count <= 60 else 0.1),
             triggered=Metrics(1.0, 0.9 - count / 1000),
