@@ -504,6 +504,11 @@ def a_bomb(folder):
     Image.new("1", (14000, 14000)).save(folder / "train" / "dog" / "003.png")
 
 
+@bad(r"dog/003.png: not a readable picture \(Image size \(100000000 pixels\) exceeds")
+def a_picture_of_which_pillow_only_warns(folder):
+    Image.new("1", (10000, 10000)).save(folder / "train" / "dog" / "003.png")
+
+
 @bad("dog/003.png: not a readable picture")
 def postscript_that_another_program_would_open(folder):
     text = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 24 20\n%%EndComments\nshowpage\n"
