@@ -17,6 +17,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, SVHN
 from torchvision.datasets.utils import download_and_extract_archive
 
 from data.pictures import list_folder, list_pictures, read_pictures, squash
+from utils.console import announce
 from utils.errors import InputError, quote
 from utils.files import read_text
 
@@ -128,6 +129,11 @@ def _gtsrb_training(folder: Path) -> tuple[list[Path], Tensor]:
     classes = [list_pictures(folder / name / f"{label:05d}")[0] for label in range(len(GTSRB_CLASSES))]
     labels = torch.tensor([label for label, paths in enumerate(classes) for _ in paths])
     _check_count(folder / name, len(labels), GTSRB_TRAINING[name])
+    whole = next(iter(GTSRB_TRAINING))
+    if name != whole:
+        announce(
+            f"{folder / name}: {len(labels)} training images; the benchmark's {GTSRB_TRAINING[whole]} are in {whole}"
+        )
     return [path for paths in classes for path in paths], labels
 
 

@@ -25,7 +25,8 @@ class Shortcut(nn.Sequential):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (self.training and len(self) and self._overflows(x)):
+        traced = not isinstance(x, Tensor)  # a symbol of torch.fx
+        if traced or not (self.training and len(self) and self._overflows(x)):
             return super().forward(x)
         convolution, norm = self
         step = convolution.stride[0]

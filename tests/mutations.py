@@ -716,6 +716,124 @@ MUTATIONS = [
         ),
     ),
     *_of(
+        "data/datasets.py",
+        (
+            "data: signs are mirrored",
+            "GTSRB_NORMALIZATION, False)",
+            "GTSRB_NORMALIZATION, True)",
+            "test_datasets.py -k mirrored",
+        ),
+        (
+            "data: constants of a folder are means of squares",
+            "(squares * pixels - total**2) / pixels**2",
+            "squares / pixels",
+            "test_datasets.py -k constants",
+        ),
+        (
+            "data: the same labels are the same images",
+            "        digest.update(images.numpy())\n",
+            "",
+            "test_datasets.py -k known_again",
+        ),
+    ),
+    *_of(
+        "data/pictures.py",
+        (
+            "pictures: huge ones only warned of",
+            'simplefilter("error")',
+            'simplefilter("ignore")',
+            "test_datasets.py -k pillow",
+        ),
+        (
+            "pictures: memory not counted",
+            "len(paths) * height * width * 3, what",
+            "0, what",
+            "test_datasets.py -k memory_is_counted",
+        ),
+        ("pictures: formats of programs", "formats=FORMATS", "formats=None", "test_datasets.py -k postscript"),
+        (
+            "pictures: transparency of palettes applied",
+            'picture.info.pop("transparency", None)',
+            "picture.info",
+            "test_datasets.py -k any_kind",
+        ),
+    ),
+    *_of(
+        "data/image_folder.py",
+        (
+            "folders: classes may differ",
+            "sorted(train.keys() ^ test.keys())",
+            "[]",
+            "test_datasets.py -k another_class",
+        ),
+        (
+            "folders: trained on the test set",
+            "places = _find_parts(folder)",
+            "places = _find_parts(folder)[::-1]",
+            "test_datasets.py -k torchvision_reads",
+        ),
+    ),
+    *_of(
+        "data/published.py",
+        (
+            "published: half an archive is a dataset",
+            "    if found != expected:",
+            "    if False:",
+            "test_datasets.py -k belong_together",
+        ),
+        (
+            "published: pictures anywhere",
+            "if Path(name).name != name",
+            "if not name",
+            "test_datasets.py -k belong_together",
+        ),
+        (
+            "published: SciPy is always there",
+            'find_spec("scipy") is None',
+            'find_spec("scipy") is False',
+            "test_datasets.py -k without_scipy",
+        ),
+    ),
+    *_of(
+        "models/resnet.py",
+        (
+            "networks: narrow ones end the process",
+            "traced or not (self.training",
+            "True or not (self.training",
+            "test_models.py -k narrow_networks",
+        ),
+        (
+            "networks: shortcuts read other pixels",
+            "x[:, :, ::step, ::step]",
+            "x[:, :, 1::step, ::step]",
+            "test_models.py -k narrow_networks",
+        ),
+    ),
+    *_of(
+        "formats/network.py",
+        (
+            "networks: a folder of other classes",
+            'known.get("classes", found["classes"]) != found["classes"]',
+            "False",
+            "test_datasets.py -k other_pictures",
+        ),
+        (
+            "networks: a folder never lies elsewhere",
+            "given != known and not moved",
+            "given != known",
+            "test_datasets.py -k elsewhere",
+        ),
+    ),
+    *_of(
+        "engine/evaluation.py",
+        (
+            "evaluation: as many large images at once",
+            "EVALUATION_BATCH * 32 * 32 // (height * width)",
+            "EVALUATION_BATCH",
+            "test_evaluation.py -k large_ones",
+        ),
+    ),
+    *_of(
         "data/triggers.py",
         (
             "trigger: wrong beyond image 1,000",

@@ -215,12 +215,13 @@ def split(name):
     return (TRAIN // 2, TRAIN // 2) if name == "cifar10" else (TRAIN,)
 
 
-def test_signs_are_torchvisions_resized_to_32(tmp_path, monkeypatch):
+def test_signs_are_torchvisions_resized_to_32(tmp_path, monkeypatch, capsys):
     """In the layout that torchvision downloads, too, which has fewer training images."""
     from torchvision.transforms import Resize
 
     write_signs("Training", tmp_path, monkeypatch)
     dataset = load_dataset("gtsrb", tmp_path)
+    assert "Training: 43 training images; the benchmark's 39209 are in" in capsys.readouterr().out
     for split, part in (("train", dataset.train), ("test", dataset.test)):
         theirs = GTSRB(tmp_path, split, transform=Resize((32, 32)))
         assert [label for _, label in theirs] == part.labels.tolist()
@@ -502,6 +503,11 @@ def a_truncated_jpeg(folder):
 @bad(r"dog/003.png: not a readable picture \(Image size \(196000000 pixels\) exceeds")
 def a_bomb(folder):
     Image.new("1", (14000, 14000)).save(folder / "train" / "dog" / "003.png")
+
+
+@bad(r"dog/003.png: not a readable picture \(Image size \(100000000 pixels\) exceeds")
+def a_picture_of_which_pillow_only_warns(folder):
+    Image.new("1", (10000, 10000)).save(folder / "train" / "dog" / "003.png")
 
 
 @bad("dog/003.png: not a readable picture")

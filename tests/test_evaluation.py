@@ -6,7 +6,7 @@ from torch import nn
 
 from data.datasets import SYNTHETIC_NORMALIZATION, ImageSet
 from data.synthetic import draw_images
-from engine.evaluation import Evaluator, Metrics, Report, inference_copy
+from engine.evaluation import Evaluator, Metrics, Report, evaluation_batch, inference_copy
 
 
 class Branching(nn.Module):
@@ -89,6 +89,15 @@ def test_normalisation_reaches_the_network(drawn):
     report = Evaluator(drawn, None, SYNTHETIC_NORMALIZATION, torch.float32)(network)
     assert report.clean.loss == pytest.approx(nn.functional.cross_entropy(logits, drawn.labels).item(), rel=1e-5)
     assert report.clean.accuracy == pytest.approx((logits.argmax(1) == drawn.labels).float().mean().item())
+
+
+@pytest.mark.parametrize(
+    ("size", "count"), [((32, 32), 500), ((16, 16), 500), ((64, 64), 125), ((48, 40), 266), ((4000, 4000), 1)]
+)
+def test_fewer_of_large_ones_are_measured_at_once(size, count):
+    assert evaluation_batch(size) == count
+    images = ImageSet(torch.zeros(1, *size, 3, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64), 2)
+    assert Evaluator(images, None, SYNTHETIC_NORMALIZATION, torch.float32).batch_size == count
 
 
 def test_the_batch_size_changes_nothing(drawn):
