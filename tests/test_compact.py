@@ -22,7 +22,7 @@ from formats.network import build_network
 from formats.outputs import OUTPUTS
 from models import ARCHITECTURES, ModelConfig, build_model
 from models.compact import compact
-from models.neurons import affine_norms
+from models.neuron_layers import neuron_layers
 from utils.config import InputCode
 from utils.errors import InputError
 from utils.signals import Interrupted
@@ -33,7 +33,7 @@ SIZE = (3, 16, 16)
 def randomize(network, share=0.45):
     """Give BatchNorms statistics of their own and prune a share of their channels, with shifts of both signs."""
     torch.manual_seed(0)
-    for layer in affine_norms(network).values():
+    for layer in neuron_layers(network).values():
         layer.weight.data.uniform_(0.5, 1.5)
         layer.bias.data.normal_(0, 0.5)
         layer.running_mean.normal_(0, 0.2)
@@ -101,8 +101,8 @@ def test_nothing_and_everything_pruned(share):
     network = randomize(build_model("vgg19_bn", 10, 1 / 8), share)
     smaller, dropped, obstacle = compact(network, (3, 32, 32))
     assert obstacle is None and same(network, smaller, (3, 32, 32))
-    widths = [layer.num_features for layer in affine_norms(smaller).values()]
-    assert set(widths) == {1} if share else widths == [layer.num_features for layer in affine_norms(network).values()]
+    widths = [layer.num_features for layer in neuron_layers(smaller).values()]
+    assert set(widths) == {1} if share else widths == [layer.num_features for layer in neuron_layers(network).values()]
     assert bool(dropped) == bool(share)
 
 
@@ -249,6 +249,16 @@ def test_torchvision_and_an_mlp():
     mlp = randomize(nn.Sequential(nn.Flatten(), *layers, nn.ReLU(), nn.Linear(9, 3)))
     smaller, dropped, _ = compact(mlp, (3, 2, 2))
     assert dropped > 0 and smaller[5].in_features < 20 and smaller[8].in_features < 9 and same(mlp, smaller, (3, 2, 2))
+
+
+def test_neurons_of_convolutions_and_linear_layers():
+    layers = [nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 5, 3, padding=1), nn.Flatten(), nn.Linear(1280, 4)]
+    network = nn.Sequential(*layers).double().eval()
+    network[0].weight.data[:3], network[0].bias.data[:3] = 0, torch.tensor([1.0, 2.0, -1.0])
+    network[2].weight.data[0], network[2].weight.data[1, 0] = 0, 0
+    smaller, dropped, obstacle = compact(network, SIZE)
+    assert (dropped, obstacle) == (2, None) and same(network, smaller)
+    assert (smaller[2].in_channels, smaller[2].out_channels, smaller[4].in_features) == (4, 5, 1280)
 
 
 def test_training_mode_and_gradients_are_those_of_a_network_for_evaluation():
