@@ -13,7 +13,7 @@ from torch import nn
 
 from data.datasets import Dataset, ImageSet, Normalization
 from engine.evaluation import Evaluator
-from formats.cards import read_card, save_with_card
+from formats.cards import is_compact, read_card, save_with_card
 from formats.checkpoints import load_strictly, read_state_dict
 from formats.network import build_network, settle_model
 from formats.trigger_file import load_trigger_for
@@ -42,7 +42,7 @@ def read_network(path: Path) -> tuple[nn.Module, dict[str, Any]]:
         what = f"its card has no {min(missing)}" if card else "no card beside it"
         raise InputError(f"{path}: {what}; step 1 writes one")
     model = settle_model(str(path), card, {})
-    return build_network(str(path), read_state_dict(path), model, card["num_classes"]), card
+    return build_network(str(path), read_state_dict(path), model, card["num_classes"], is_compact(card)), card
 
 
 def measure(network: nn.Module, card: dict[str, Any], trigger: Path | None, test: ImageSet) -> dict[str, float]:

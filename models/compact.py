@@ -1,8 +1,8 @@
 """A smaller network that computes the same: what pruned neurons contribute moves into the next layer.
 
-A pruned neuron (``models.neurons``) is a constant, its BatchNorm shift beta, at every place of every image. Behind the
-element-wise functions that follow it is still one, c. A chain is a layer that makes channels, what treats each of them
-apart from the others, and the layers that take them in. At the end of a chain
+A pruned neuron (``models.neurons``) is a constant, its BatchNorm's shift or its layer's bias, at every place of every
+image. Behind the element-wise functions that follow it is still one, c. A chain is a layer that makes channels, what
+treats each of them apart from the others, and the layers that take them in. At the end of a chain
 
 - channels with c = 0 contribute nothing and go,
 - all others, c_1, ..., c_n, become the one of the largest c_m, whose weights are now sum_k (c_k / c_m) W_k.
@@ -111,10 +111,9 @@ def shrink(network: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
 
 
 def find_chains(graph: GraphModule) -> list[Chain]:
-    """Return the chains with a BatchNorm of a traced network in eval mode, in the order of its layers."""
+    """Return the chains of a traced network in eval mode, in the order of its layers."""
     chains = [_follow(graph, node) for node in graph.graph.nodes if _is_mixing(_layer(graph, node))]
-    norms = [chain and any(type(_layer(graph, step)) in _NORMS for step in chain.steps) for chain in chains]
-    return [chain for chain, has_norm in zip(chains, norms, strict=True) if has_norm]
+    return [chain for chain in chains if chain]
 
 
 def _follow(graph: GraphModule, node: Node) -> Chain | None:
@@ -226,9 +225,11 @@ def _is_past_channels(index: Any) -> bool:
 def _constants(graph: GraphModule, chain: Chain) -> Tensor:
     """Return the value of every channel at the end of a chain, NaN where it is no constant.
 
-    NaN is also what every step makes of it, but a BatchNorm whose scale is 0.
+    A channel is constant from where all its weights are 0, or its BatchNorm's scale is; other steps keep NaN.
     """
-    values = torch.full((chain.width,), torch.nan).to(graph.get_submodule(chain.first).weight)
+    first = graph.get_submodule(chain.first)
+    bias = first.weight.new_zeros(chain.width) if first.bias is None else first.bias
+    values = bias.masked_fill(first.weight.flatten(1).any(1), torch.nan)
     for step in chain.steps:
         layer = _layer(graph, step)
         if type(layer) in _NORMS:

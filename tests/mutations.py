@@ -692,7 +692,73 @@ MUTATIONS = [
         ),
     ),
     *_of(
+        "models/compact.py",
+        (
+            "compact: the constants that go are forgotten",
+            "weight[:, kept] = torch.einsum(",
+            "torch.einsum(",
+            "test_compact.py -k border or every_architecture",
+        ),
+        (
+            "compact: constants pass through padded depthwise convolutions",
+            "values.masked_fill(values != 0, torch.nan) if padded else sums",
+            "sums",
+            "test_compact.py -k depthwise",
+        ),
+        (
+            "compact: an activation is forgotten",
+            "            values = layer(values)\n",
+            "            pass\n",
+            "test_compact.py -k stand_in_between",
+        ),
+        (
+            "compact: a layer without channels",
+            "    if not keep.any():\n",
+            "    if False:\n",
+            "test_compact.py -k zeros_keeps",
+        ),
+        (
+            "compact: never compared",
+            "if not worst <= limit:",
+            "if False:",
+            "test_compact.py -k something_else",
+        ),
+        (
+            "compact: averages over padding are constants",
+            "and not (averages and (padded or",
+            "and not (averages and (False or",
+            "test_compact.py -k averages",
+        ),
+        (
+            "compact: channels that code counts may go",
+            "index == 0 or (isinstance(first, int) and first >= 2)",
+            "isinstance(first, int)",
+            "test_compact.py -k not_understood",
+        ),
+        (
+            "compact: a shared weight changes for both",
+            "chain.width).clone()",
+            "chain.width)",
+            "test_compact.py -k two_layers",
+        ),
+    ),
+    *_of(
+        "formats/repaired.py",
+        (
+            "compact: the card does not say so",
+            '{**card, "compact": True, **costs[1]',
+            "{**card, **costs[1]",
+            "test_compact.py -k measures_the_same",
+        ),
+    ),
+    *_of(
         "formats/network.py",
+        (
+            "compact: loaded at full width",
+            "    if compact:\n",
+            "    if False:\n",
+            "test_compact.py -k comes_back",
+        ),
         (
             "networks loaded in train mode",
             "network.to(memory_format=torch.channels_last).eval()",

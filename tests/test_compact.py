@@ -251,6 +251,16 @@ def test_torchvision_and_an_mlp():
     assert dropped > 0 and smaller[5].in_features < 20 and smaller[8].in_features < 9 and same(mlp, smaller, (3, 2, 2))
 
 
+def test_neurons_of_convolutions_and_linear_layers():
+    layers = [nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 5, 3, padding=1), nn.Flatten(), nn.Linear(1280, 4)]
+    network = nn.Sequential(*layers).double().eval()
+    network[0].weight.data[:3], network[0].bias.data[:3] = 0, torch.tensor([1.0, 2.0, -1.0])
+    network[2].weight.data[0], network[2].weight.data[1, 0] = 0, 0
+    smaller, dropped, obstacle = compact(network, SIZE)
+    assert (dropped, obstacle) == (2, None) and same(network, smaller)
+    assert (smaller[2].in_channels, smaller[2].out_channels, smaller[4].in_features) == (4, 5, 1280)
+
+
 def test_training_mode_and_gradients_are_those_of_a_network_for_evaluation():
     network = body(FORWARDS["flatten"]).train()
     network.conv.weight.requires_grad_(False)
