@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import transforms
 
 from data.datasets import ImageSet, Normalization
@@ -27,13 +27,21 @@ class _Images(Dataset):
         return self.transform(self.images.images[index].numpy()), int(self.images.labels[index])
 
 
-def plain_loader(images: ImageSet, normalization: Normalization, train: bool, batch_size: int = 128) -> DataLoader:
-    """Return a DataLoader of float (B, 3, H, W) and int64 (B,), augmented and shuffled if ``train``."""
+def plain_loader(
+    images: ImageSet, normalization: Normalization, train: bool, batch_size: int = 128, endless: bool = False
+) -> DataLoader:
+    """Return a DataLoader of float (B, 3, H, W) and int64 (B,), augmented and shuffled if ``train``.
+
+    ``endless`` draws the images with replacement instead, as step 2 does.
+    """
     size = list(images.images.shape[1:3])
     augmentation = [transforms.RandomCrop(size, padding=4), transforms.RandomHorizontalFlip()] if train else []
     steps = [transforms.ToPILImage(), *augmentation, transforms.ToTensor()]
     steps.append(transforms.Normalize(normalization.mean, normalization.std))
-    return DataLoader(_Images(images, transforms.Compose(steps)), batch_size, shuffle=train)
+    images = _Images(images, transforms.Compose(steps))
+    if endless:
+        return DataLoader(images, batch_size, sampler=RandomSampler(images, replacement=True, num_samples=10**9))
+    return DataLoader(images, batch_size, shuffle=train)
 
 
 def plain_train(network: nn.Module, batches: Iterable, lr: float = 0.1) -> None:

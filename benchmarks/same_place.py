@@ -11,6 +11,7 @@ import argparse
 import copy
 import sys
 from dataclasses import replace
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -24,9 +25,11 @@ from engine.evaluation import Evaluator, percent
 from engine.runtime import RuntimeConfig, prepare_runtime
 from engine.sweep import SweepLoop
 from formats.subject import Subject, add_subject_flags, load_subject
+from formats.zoo import locate_inputs
 from models import convert_noisy
 from models.neurons import MASK_DECIMALS, sort_neurons
 from utils.config import add_flags, from_flags, make_parser
+from utils.guard import guard
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -67,9 +70,9 @@ def sweep_of(subject: Subject, evaluator: Evaluator, neurons: list[Neuron]) -> l
     ]
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Compare and print; returns the exit status."""
-    args = build_parser().parse_args(argv)
+def compare(args: argparse.Namespace) -> None:
+    """Compare and print; raises ``InputError`` as ``load_subject``."""
+    locate_inputs(args)
     runtime = prepare_runtime(from_flags(RuntimeConfig, args))
     subject, evaluator = load_subject(args, runtime)
     exact = copy.copy(evaluator)
@@ -94,7 +97,12 @@ def main(argv: list[str] | None = None) -> int:
         for column, metric in enumerate(("C-Acc", "ASR")[: len(reference[0]) - 1], start=1):
             gap = max(abs(a[column] - b[column]) for a, b in zip(reference, other, strict=True))
             print(f"largest difference in {metric}: {gap:.2f} points")
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compare and print; returns the exit status."""
+    args = build_parser().parse_args(argv)
+    return guard(partial(compare, args), "same_place")
 
 
 if __name__ == "__main__":

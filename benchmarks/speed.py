@@ -2,51 +2,74 @@
 
     python -m benchmarks.speed                              # full width, real CIFAR-10, about 5 CPU minutes
     python -m benchmarks.speed --dataset synthetic --widen-factor 0.25
+    python -m benchmarks.speed --steps step-1 step-2 --json speed.json
+    python -m benchmarks.speed --profile step-2             # of this step alone, with its ten costliest operators
 
 Every figure is the median over --rounds, plain and fast loop taking turns. The share of peak compares a loop's
-convolution and matrix FLOP/s with one large convolution in the same precision, measured in the same run.
+convolution and matrix FLOP/s with one large convolution in the same precision, measured before and after everything
+else: where the two differ by more than 10 % the machine was busy, no ratio is shown, and the exit status is 1.
+`not conv` is the share of time that is neither convolution nor matrix product, from a stretch of its own under the
+profiler. With --json everything is written as a result file for benchmarks.tables.
 """
 
 import argparse
+import copy
 import platform
+import re
+import shlex
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.data import RandomSampler
-from torch.utils.flop_counter import FlopCounterMode
 
-from attacks import InputAwareAllToAll
-from attacks.clean_label import PGD_BATCH
-from attacks.pgd import pgd
-from benchmarks.plain import PlainMasks, plain_evaluate, plain_loader, plain_train
-from data.augment import make_transform
-from data.datasets import DataConfig, Dataset, SourceConfig, load_dataset
-from data.split import attacker_index, defender_index, load_permutation
-from defenses import AnpConfig, AnpState, optimize_masks
-from engine.evaluation import EVALUATION_BATCH, evaluate, inference_copy
-from engine.runtime import Runtime, RuntimeConfig, prepare_runtime
-from engine.training import SgdLoop, TrainConfig
-from models import ModelConfig, build_model, convert_noisy
+from benchmarks.loops import STEPS, Loops, Setup
+from benchmarks.meter import changed_peaks, costliest, peak_flops, profiled, seconds, split_time
+from benchmarks.tables import portable, result_text
+from data.datasets import DataConfig, SourceConfig, load_dataset
+from data.split import load_permutation
+from engine.runtime import PRECISIONS, Runtime, RuntimeConfig, prepare_runtime
+from engine.training import TrainConfig
+from formats.network import try_own
+from models import ModelConfig
 from utils.config import Config, Range, add_flags, from_flags, make_parser, setting
+from utils.console import announce
+from utils.errors import InputError
+from utils.files import write_text
+from utils.guard import guard
 from utils.run import versions
+from utils.seeding import seeded_generator, seeded_weights
+
+BATCHES = {"cpu": 3, "cuda": 50}
+NAMES = {precision: name for name, precision in PRECISIONS.items()}
 
 
 @dataclass(frozen=True)
 class SpeedConfig(Config):
     """What is timed."""
 
-    batches: int = setting(3, "batches in a timed stretch", Range(1))
-    rounds: int = setting(3, "stretches of each loop", Range(1))
-    batch_size: int = setting(128, "images in a batch", Range(2))
+    steps: tuple[str, ...] | None = setting(None, "what to time (default: all, or what --profile names)", choices=STEPS)
+    batches: int | None = setting(
+        None, f"batches in a timed stretch (default: {BATCHES['cpu']}, on CUDA {BATCHES['cuda']})", Range(1, 1e6)
+    )
+    rounds: int = setting(3, "stretches of each loop", Range(1, 1e6))
+    batch_size: int = setting(
+        TrainConfig.batch_size, "images in a batch of training and masks; others are as in the scripts", Range(10, 1e5)
+    )
     seed: int = setting(0, "of weights and batches", Range(0))
+    profile: str | None = setting(None, "print the ten costliest operators of this step, too", choices=STEPS)
+    json: str | None = setting(None, "write everything to this file, which must not exist yet", metavar="FILE")
+
+    @property
+    def chosen(self) -> list[str]:
+        """The steps to time, in the order of ``STEPS``; raises ``ValueError`` where the profiled one is not among."""
+        wanted = self.steps or ((self.profile,) if self.profile else STEPS)
+        if self.profile and self.profile not in wanted:
+            raise ValueError(f"--profile {self.profile}: --steps leaves this step out")
+        return [name for name in STEPS if name in wanted]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -57,203 +80,175 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Return how long a function takes."""
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Parse, and refuse flags that contradict each other (exit status 2)."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        from_flags(ModelConfig, args)
+        _ = from_flags(SpeedConfig, args).chosen
+    except ValueError as error:
+        parser.error(str(error))
+    return args
 
 
-def peak_flops(device: torch.device, precision: torch.dtype) -> float:
-    """Return the FLOP/s of a large convolution, the best of several runs."""
-    layer = nn.Conv2d(256, 256, 3, padding=1, bias=False).to(device, precision, memory_format=torch.channels_last)
-    images = torch.randn(64, 256, 32, 32, device=device, dtype=precision)
-    images = images.contiguous(memory_format=torch.channels_last)
-    with torch.inference_mode():
-        best = min(seconds(lambda: layer(images), device) for _ in range(8))
-    return 2 * 64 * 32 * 32 * 256 * 256 * 9 / best
+def refuse_output(path: str | None) -> None:
+    """Make sure that the result can be written, before minutes are spent on it.
 
-
-class Loops(NamedTuple):
-    """The loops of one step, each a stretch of ``images`` images, and what they compute.
-
-    ``flops`` are those of a forward pass over one image; the passes say how often the loop makes it, a gradient with
-    respect to the input and one with respect to the weights counting as a pass each.
+    Raises:
+        InputError: the file is there already, or its folder is not.
     """
-
-    plain: Callable[[], object] | None
-    fast: Callable[[], object]
-    images: int
-    flops: int
-    plain_passes: float
-    fast_passes: float
+    if path and Path(path).exists():
+        raise InputError(f"{path} is there already; choose another name for --json")
+    if path and not Path(path).absolute().parent.is_dir():
+        raise InputError(f"{path}: there is no folder {Path(path).parent}; make it, or choose another name for --json")
 
 
-def stretch(steps: Iterator, batches: int) -> None:
-    """Take some steps of an epoch; raises ``ValueError`` where it has no more."""
-    if len(list(islice(steps, batches))) < batches:
-        raise ValueError("an epoch has fewer batches than --batches times (--rounds + 1); use less of either")
+def make_setup(args: argparse.Namespace, runtime: Runtime) -> Setup:
+    """Load images and split, and build the network.
+
+    Raises:
+        InputError: a file is missing or damaged, or a network of the user's own does not take the images.
+    """
+    config, source, model = (from_flags(each, args) for each in (SpeedConfig, SourceConfig, ModelConfig))
+    dataset = load_dataset(args.dataset, source.data_dir, runtime.device, args.image_size)
+    permutation = load_permutation(source.split_file, len(dataset.train))
+    with seeded_weights(config.seed, "initial weights"):
+        network = model.build(dataset.num_classes)
+    try_own(network, model, dataset.test)
+    network = network.to(runtime.device, memory_format=torch.channels_last).eval()
+    batches = config.batches or BATCHES[runtime.device.type]
+    return Setup(dataset, network, runtime, permutation, config.batch_size, batches, config.seed)
 
 
-def forward_flops(network: nn.Module, device: torch.device) -> int:
-    """Return the FLOPs of one image's forward pass (convolutions and linear layers)."""
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        network(torch.randn(1, 3, 32, 32, device=device))  # the size of every dataset here
-    return counter.get_total_flops()
+def measure_peaks(runtime: Runtime) -> dict[str, float]:
+    """Return the peak in fp32 and in the run's precision, in GFLOP/s, by precision."""
+    wanted = [name for name, precision in PRECISIONS.items() if precision in (torch.float32, runtime.precision)]
+    return {name: peak_flops(runtime.device, PRECISIONS[name]) / 1e9 for name in wanted}
 
 
-def step_1(args: argparse.Namespace, dataset: Dataset, network: nn.Module, runtime: Runtime) -> Loops:
-    """Training."""
-    train = dataset.train[attacker_index(load_permutation(args.split_file, len(dataset.train)))]
-    plain = build_model(args.arch, dataset.num_classes, args.widen_factor).to(runtime.device)
-    loader = plain_loader(train.to("cpu"), dataset.normalization, train=True, batch_size=args.batch_size)
-    config = TrainConfig(batch_size=args.batch_size, seed=args.seed, precision=runtime.precision)
-    loop = SgdLoop(network, train, dataset.normalization, dataset.flip, config)
-    steps = islice(loop.steps(), loop.batches)
-    batches = ([part.to(runtime.device) for part in batch] for batch in loader)
-    return Loops(
-        lambda: plain_train(plain, islice(batches, args.batches)),
-        lambda: stretch(steps, args.batches),
-        args.batches * args.batch_size,
-        forward_flops(network, runtime.device),
-        3,
-        3,
-    )
-
-
-def step_2(args: argparse.Namespace, dataset: Dataset, network: nn.Module, runtime: Runtime) -> Loops:
-    """Mask optimisation: three passes forward and back, the plain loop's with weight gradients."""
-    defender = dataset.train[defender_index(load_permutation(args.split_file, len(dataset.train)), 0.01)]
-    config = AnpConfig(batch_size=args.batch_size, seed=args.seed, precision=runtime.precision, iterations=10**9)
-    plain, noisy = PlainMasks(network, config), convert_noisy(network)
-    plain.network.to(memory_format=torch.contiguous_format)
-    state = AnpState.start(noisy)
-    loader = plain_loader(defender.to("cpu"), dataset.normalization, train=True, batch_size=args.batch_size)
-    loader = torch.utils.data.DataLoader(
-        loader.dataset, args.batch_size, sampler=RandomSampler(loader.dataset, True, 10**9)
-    )
-    transform = make_transform(dataset.normalization, dataset.flip)
-
-    steps = optimize_masks(noisy, defender.images, defender.labels, config, transform, state)
-    batches = ([part.to(runtime.device) for part in batch] for batch in loader)
-
-    def run_plain():
-        for images, labels in islice(batches, args.batches):
-            plain.iterate(images, labels, torch.rand(2, len(state.mask), device=runtime.device) * 0.8 - 0.4)
-
-    images, flops = args.batches * args.batch_size, forward_flops(network, runtime.device)
-    return Loops(run_plain, lambda: stretch(steps, args.batches), images, flops, 9, 6)
-
-
-def step_3(args: argparse.Namespace, dataset: Dataset, network: nn.Module, runtime: Runtime) -> Loops:
-    """Evaluation of one pruned network."""
-    count = min(5 * EVALUATION_BATCH, len(dataset.test))  # several batches, since folding comes once a row
-    images = dataset.test[torch.arange(count)]
-    loader = plain_loader(images.to("cpu"), dataset.normalization, train=False, batch_size=args.batch_size)
-    plain = build_model(args.arch, dataset.num_classes, args.widen_factor).to(runtime.device)
-    plain.load_state_dict(network.state_dict())
-
-    def run_fast():  # folding is part of every row of the sweep
-        evaluate(inference_copy(network, runtime.precision), images, dataset.normalization, runtime.precision)
-
-    def run_plain():
-        plain_evaluate(plain, ([part.to(runtime.device) for part in batch] for batch in loader))
-
-    return Loops(run_plain, run_fast, count, forward_flops(network, runtime.device), 1, 1)
-
-
-def clean_label(args: argparse.Namespace, dataset: Dataset, network: nn.Module, runtime: Runtime) -> Loops:
-    """One PGD step of every image of a batch."""
-    folded = inference_copy(network, runtime.precision).requires_grad_(False)
-    images, flops = dataset.train[torch.arange(PGD_BATCH)], forward_flops(network, runtime.device)
-    settings = dataset.normalization, 16.0, args.batches, 1.5, runtime.precision
-    return Loops(None, lambda: list(pgd(folded, images, *settings)), args.batches * PGD_BATCH, flops, 0, 2)
-
-
-def input_aware(phase: int) -> Callable[..., Loops]:
-    """Return the loop of the input-aware attack's mask generator (0), or of classifier and pattern generator (1)."""
-
-    def prepare(args: argparse.Namespace, dataset: Dataset, network: nn.Module, runtime: Runtime) -> Loops:
-        train = dataset.train[attacker_index(load_permutation(args.split_file, len(dataset.train)))]
-        config = TrainConfig(2, args.batch_size, 0.01, milestones=(), seed=args.seed, precision=runtime.precision)
-        attack = InputAwareAllToAll()
-        loop = attack.make_loop(network, attack.poison(train), dataset, config)
-        loop.done = phase * loop.batches
-        steps = islice(loop.steps(), loop.batches)
-        generator = forward_flops(loop.mask_net.eval(), runtime.device)
-        # masks: two images; jointly: a tenth and a tenth of the batch through both generators, one of them trained
-        flops = 2 * 3 * generator if phase == 0 else 3 * forward_flops(network, runtime.device) + 0.2 * 4 * generator
-        images = args.batches * args.batch_size
-        return Loops(None, lambda: stretch(steps, args.batches), images, flops, 0, 1)
-
-    return prepare
-
-
-ROWS = {
-    "step 1, train": step_1,
-    "step 2, masks": step_2,
-    "step 3, prune": step_3,
-    "clean-label, a PGD step": clean_label,
-    "input-aware, masks": input_aware(0),
-    "input-aware, jointly": input_aware(1),
-}
-
-
-def measure(loops: Loops, rounds: int, device: torch.device) -> tuple[float | None, float]:
-    """Return images per second of the plain loop, if there is one, and of the fast loop."""
-    todo = [loop for loop in (loops.plain, loops.fast) if loop]
-    for loop in todo:
+def time_loops(loops: Loops, rounds: int, device: torch.device) -> dict[str, Any]:
+    """Return images per second of each round, their medians, and the GFLOP/s that these mean."""
+    todo = {"plain": (loops.plain, loops.plain_passes), "fast": (loops.fast, loops.fast_passes)}
+    todo = {name: (loop, passes) for name, (loop, passes) in todo.items() if loop}
+    for loop, _ in todo.values():
         loop()  # warm-up
-    times = [[seconds(loop, device) for loop in todo] for _ in range(rounds)]
-    rates = [loops.images / statistics.median(column) for column in zip(*times, strict=True)]
-    return rates[0] if loops.plain else None, rates[-1]
+    rates: dict[str, list[float]] = {name: [] for name in todo}
+    for _ in range(rounds):
+        for name, (loop, _) in todo.items():
+            rates[name].append(loops.images / seconds(loop, device))
+    row: dict[str, Any] = {"batch_size": loops.batch, "images": loops.images}
+    for name, (_, passes) in todo.items():
+        middle = statistics.median(rates[name])
+        row |= {
+            name: round(middle, 2),
+            f"{name}_gflops": round(middle * passes * loops.flops / 1e9, 3),
+            f"{name}_rates": [round(rate, 2) for rate in rates[name]],
+        }
+    return row
+
+
+def measure(name: str, setup: Setup, rounds: int, table: bool = False) -> dict[str, Any]:
+    """Time and profile one step, and print its rates; ``table`` shows the costliest operators, too."""
+    title, prepare = STEPS[name]
+    torch.manual_seed(seeded_generator(setup.seed, "plain loops").initial_seed())
+    loops, device = prepare(setup._replace(network=copy.deepcopy(setup.network))), setup.runtime.device
+    row = {"step": name, "loop": title, **time_loops(loops, rounds, device)}
+    events = profiled(loops.fast, device)
+    mixing, other = split_time(events, device)
+    row["not_conv_percent"] = round(100 * other / (mixing + other))
+    plain = f"{row['plain']:.1f}" if "plain" in row else "-"
+    print_row(name, loops.batch, plain, f"{row['fast']:.1f}", f"{row['not_conv_percent']} %")
+    for line in costliest(events, device).splitlines() if table else ():
+        announce(line)
+    return row
+
+
+def ratios(row: dict[str, Any], peaks: dict[str, float], precision: str) -> dict[str, float]:
+    """Return shares of peak in percent and speed-up, by the names of the result files."""
+    found = {"fast_percent_of_peak": round(100 * row["fast_gflops"] / peaks[precision])}
+    if "plain" in row:
+        found["plain_percent_of_peak"] = round(100 * row["plain_gflops"] / peaks["fp32"])
+        found["speed_up"] = round(row["fast"] / row["plain"], 2)
+    return found
+
+
+def print_row(name: str, *cells: object) -> None:
+    """Print one line of a table."""
+    announce(f"{name:14}" + "".join(f"{cell!s:>15}" for cell in cells))
+
+
+def processor(device: torch.device, path: Path = Path("/proc/cpuinfo")) -> str:
+    """Return the name of the CPU or GPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    found = re.search(r"^model name\s*:\s*(.+)$", path.read_text() if path.exists() else "", re.M)
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def describe(args: argparse.Namespace, setup: Setup, command: str) -> dict[str, Any]:
+    """Return what a result file says of machine and settings."""
+    return {
+        "content": "speed",
+        "command": portable(command, "speed"),
+        **from_flags(ModelConfig, args).entries(),
+        "dataset": setup.dataset.name,
+        "batch_size": setup.batch_size,
+        "batches": setup.batches,
+        "rounds": args.rounds,
+        "seed": setup.seed,
+        "hardware": processor(setup.runtime.device),
+        "device": str(setup.runtime.device),
+        "threads": setup.runtime.threads,
+        "precision": NAMES[setup.runtime.precision],
+        "versions": versions(),
+    }
+
+
+def run(args: argparse.Namespace, command: str) -> None:
+    """Measure, print and write; raises ``InputError`` for bad input, and at the end where the machine was busy."""
+    config = from_flags(SpeedConfig, args)
+    refuse_output(config.json)
+    runtime = prepare_runtime(from_flags(RuntimeConfig, args))
+    setup = make_setup(args, runtime)
+    facts = describe(args, setup, command)
+    announce(
+        f"{from_flags(ModelConfig, args)}, {setup.dataset.name}, {runtime}, {facts['hardware']}, "
+        f"torch {facts['versions']['torch']}; medians, --rounds {config.rounds}, --batches {setup.batches}"
+    )
+    before = measure_peaks(runtime)
+    print_row("images/s", "batch", "plain", "this project", "not conv")
+    rows = [measure(name, setup, config.rounds, name == config.profile) for name in config.chosen]
+    after = measure_peaks(runtime)
+    changed = changed_peaks(before, after)
+    peaks = {name: max(before[name], after[name]) for name in before}
+    if not changed:
+        rows = [{**row, **ratios(row, peaks, facts["precision"])} for row in rows]
+    if config.json:
+        measured = {"peaks_gflops": peaks, "peaks_before": before, "peaks_after": after}
+        measured = {key: {name: round(peak, 1) for name, peak in value.items()} for key, value in measured.items()}
+        source = "Written by python -m benchmarks.speed --json."
+        result = {**facts, **measured, "busy": bool(changed), "rows": rows, "other_runs": [], "source": source}
+        write_text(config.json, result_text(result))
+    shown = ", ".join(f"{before[name]:.0f} and {after[name]:.0f} GFLOP/s in {name}" for name in before)
+    announce(f"peak, one large convolution before and after: {shown}")
+    if changed:
+        raise InputError(
+            f"the machine was busy: its peak in {' and '.join(changed)} changed by more than 10 % meanwhile, so no "
+            "ratios are shown; repeat it when nothing else is running"
+        )
+    print_row("", "of fp32 peak", f"of {facts['precision']} peak", "speed-up")
+    for row in rows:
+        plain = [f"{row['plain_percent_of_peak']} %", f"{row['speed_up']:.2f}x"] if "plain" in row else ["-", "-"]
+        print_row(row["step"], plain[0], f"{row['fast_percent_of_peak']} %", plain[1])
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure and print; returns the exit status."""
-    args = build_parser().parse_args(argv)
-    runtime = prepare_runtime(from_flags(RuntimeConfig, args))
-    dataset = load_dataset(args.dataset, args.data_dir, runtime.device, args.image_size)
-    torch.manual_seed(args.seed)
-    fp32, peak = (peak_flops(runtime.device, precision) for precision in (torch.float32, runtime.precision))
-    print(
-        f"{args.arch}, width {args.widen_factor}, batch {args.batch_size}, {runtime.device}, {runtime.precision}, "
-        f"{torch.get_num_threads()} threads, {processor(runtime.device)}, torch {versions()['torch']}"
-    )
-    print(
-        f"one large convolution: {fp32 / 1e9:.0f} GFLOP/s in fp32, {peak / 1e9:.0f} in {runtime.precision}; "
-        f"median of {args.rounds} rounds"
-    )
-    print(f"{'':24} {'plain img/s':>11} {'of fp32 peak':>12} {'fast img/s':>11} {'of peak':>8} {'speed-up':>9}")
-    for name, prepare in ROWS.items():
-        network = build_model(args.arch, dataset.num_classes, args.widen_factor)
-        network = network.to(runtime.device, memory_format=torch.channels_last)
-        loops = prepare(args, dataset, network, runtime)
-        plain, fast = measure(loops, args.rounds, runtime.device)
-        cells = ["-", "-", f"{fast:.1f}", f"{100 * loops.fast_passes * loops.flops * fast / peak:.0f} %", "-"]
-        if plain:
-            share = 100 * loops.plain_passes * loops.flops * plain / fp32
-            cells[:2], cells[4] = [f"{plain:.1f}", f"{share:.0f} %"], f"{fast / plain:.2f}x"
-        print(f"{name:24} {cells[0]:>11} {cells[1]:>12} {cells[2]:>11} {cells[3]:>8} {cells[4]:>9}", flush=True)
-    return 0
-
-
-def processor(device: torch.device) -> str:
-    """Return the name of the CPU or GPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    names = (
-        [
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        if Path("/proc/cpuinfo").exists()
-        else []
-    )
-    return names[0] if names else platform.processor()
+    args = parse_arguments(argv)
+    words = sys.argv[1:] if argv is None else argv
+    command = shlex.join(["python", "-m", "benchmarks.speed", *words])
+    return guard(partial(run, args, command), "speed")
 
 
 if __name__ == "__main__":

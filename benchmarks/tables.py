@@ -43,7 +43,7 @@ WIDTHS = {0.25: "1/4 width", 1.0: "full width"}
 FIXED, DROP = ("threshold", 0.2), ("max_acc_drop", 3)  # the two rules of step 3 that the tables show
 REQUIRED = {
     "run": ("attack", "seed", "arch", "widen_factor", "neurons", "training", "before", "by_threshold", "chosen"),
-    "speed": ("rows", "other_runs", "versions"),
+    "speed": ("rows", "other_runs", "versions", "precision"),
     "precision": ("rows",),
     "published": ("rows", "release_by_threshold", "release_by_number"),
 }
@@ -279,12 +279,13 @@ def commands_text(results: list[Result]) -> str:
 
 def speed_table(results: list[Result]) -> str:
     """Images per second of the plain and the fast loops, with their share of the peak."""
-    rows = []
-    for row in _only(results, "speed")["rows"]:
+    speed, rows = _only(results, "speed"), []
+    for row in speed["rows"]:
         plain = [f"{row['plain']:.1f}", f"{row['plain_percent_of_peak']} %"] if "plain" in row else ["", ""]
         speed_up = f"{row['speed_up']:.2f}x" if "speed_up" in row else ""
         rows.append([row["loop"], *plain, f"{row['fast']:.1f}", f"{row['fast_percent_of_peak']} %", speed_up])
-    return markdown(["", "plain", "of fp32 peak", "this project", "of bf16 peak", "speed-up"], rows)
+    header = ["", "plain", "of fp32 peak", "this project", f"of {speed['precision']} peak", "speed-up"]
+    return markdown(header, rows)
 
 
 def speed_runs_table(results: list[Result]) -> str:

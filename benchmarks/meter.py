@@ -1,0 +1,105 @@
+"""How long work takes, what the machine reaches at best, and how much of the work is convolution or matrix product."""
+
+import re
+import time
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import EventList, FunctionEventAvg
+from torch.profiler import ProfilerActivity, profile
+
+STRETCHES = 4  # of calls, of which the best counts
+CALLS = {"cpu": 3, "cuda": 200}  # in a stretch; a call takes a GPU a fraction of a millisecond
+BUSY = 1.1  # ratio of two measurements of the same peak above which something else was computing
+# Operators on a CPU, kernels on a GPU. convertTensor and upsample_bilinear are neither.
+MIXING = re.compile(
+    r"conv(?!ert)|mkldnn_|aten::(linear|matmul|(b|add|badd)?mm)$|gemm|gemv|scudnn|xmma|cutlass|nvjet|splitK"
+    r"|fprop|dgrad|wgrad|winograd"
+)
+
+
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Return how long a function takes; on CUDA between two events, of which the second waits for all kernels."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    first.record()
+    work()
+    last.record()
+    torch.cuda.synchronize(device)
+    return first.elapsed_time(last) / 1000
+
+
+def peak_flops(device: torch.device, precision: torch.dtype, batch: int = 64, channels: int = 256) -> float:
+    """Return the FLOP/s of a large convolution: the best of several stretches of calls.
+
+    Args:
+        device: cpu or cuda.
+        precision: data type of weights and images.
+        batch, channels: of the images, 32x32 each.
+    """
+    layer = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+    layer = layer.to(device, precision, memory_format=torch.channels_last)
+    images = torch.randn(batch, channels, 32, 32, device=device, dtype=precision)
+    images = images.contiguous(memory_format=torch.channels_last)
+    calls = CALLS[device.type]
+
+    def stretch(count: int) -> None:
+        for _ in range(count):
+            layer(images)
+
+    with torch.inference_mode():
+        stretch(1 if device.type == "cpu" else calls)  # a GPU raises its clock meanwhile
+        best = min(seconds(lambda: stretch(calls), device) for _ in range(STRETCHES))
+    return calls * 2 * batch * 32 * 32 * channels * channels * 9 / best
+
+
+def changed_peaks(before: dict[str, float], after: dict[str, float]) -> list[str]:
+    """Return the names of the peaks whose two measurements differ by more than 10 %: the machine was busy."""
+    return [name for name in before if max(before[name], after[name]) > BUSY * min(before[name], after[name])]
+
+
+def profiled(work: Callable[[], object], device: torch.device) -> EventList:
+    """Run a function under the profiler, which slows it down; returns its operators and, on CUDA, its kernels."""
+    cuda = [ProfilerActivity.CUDA] if device.type == "cuda" else []
+    with profile(activities=[ProfilerActivity.CPU, *cuda]) as profiler:
+        work()
+        if cuda:
+            torch.cuda.synchronize(device)
+    return profiler.key_averages()
+
+
+def split_time(events: Iterable[FunctionEventAvg], device: torch.device) -> tuple[float, float]:
+    """Return the time in convolutions and matrix products, and in everything else.
+
+    On a CPU these are the operators' own times, Python between them left out. On CUDA they are the kernels' times,
+    which a replayed CUDA graph has, too; that the GPU waits is left out.
+
+    Args:
+        events: of ``profiled``.
+        device: of the same run.
+
+    Returns:
+        Microseconds.
+    """
+    parts = [0.0, 0.0]
+    for event in events:
+        if device.type != "cuda":
+            time = event.self_cpu_time_total
+        elif event.device_type == DeviceType.CUDA and not event.is_user_annotation:
+            time = event.self_device_time_total
+        else:
+            continue
+        parts[0 if MIXING.search(event.key) else 1] += time
+    return tuple(parts)
+
+
+def costliest(events: EventList, device: torch.device, count: int = 10) -> str:
+    """Return the profiler's table of the operators that take most time themselves."""
+    kind = "device" if device.type == "cuda" else "cpu"
+    return events.table(sort_by=f"self_{kind}_time_total", row_limit=count)
