@@ -6,7 +6,10 @@ Nothing is written.
 A network from step 1 or 3, or of the zoo:
     python evaluate_cifar.py --checkpoint badnets-0 --trigger-info badnets-0
 
-Without --trigger-info only C-Acc is known.
+Another toolkit's checkpoint with pictures that have its trigger (docs/checkpoints.md):
+    python evaluate_cifar.py --checkpoint attack_result.pt --triggered-images bd_test_dataset
+
+Without a trigger or such pictures only C-Acc is known.
 """
 
 if __name__ == "__main__":  # before the imports below, which take seconds
@@ -46,7 +49,7 @@ def evaluate(args: argparse.Namespace) -> None:
     announce(f"computing on {runtime}")
     loaded = load_network(args, from_flags(FolderConfig, args).data_dir, runtime)
     test = loaded.dataset.test
-    measure = Evaluator(test, loaded.trigger, loaded.normalization, runtime.precision, robust=True)
+    measure = Evaluator(test, loaded.attack, loaded.normalization, runtime.precision, robust=True)
     check_step(pruning_bytes, loaded.network, measure.batch_size, runtime, test)
     try:
         announce(str(measure(loaded.network)))

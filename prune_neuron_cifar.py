@@ -10,7 +10,7 @@ points of their accuracy.
 
 Writes to the output folder: repaired_model.th and its card, pruning_by_threshold.txt (or pruning_by_number.txt), the
 same as .png, .pdf and _log.jsonl; with --compact also compact_model.th and its card, a smaller network of the same
-outputs.
+outputs; of another toolkit's checkpoint also repaired_model.LAYOUT.pt, for that toolkit.
 """
 
 if __name__ == "__main__":  # before the imports below, which take seconds

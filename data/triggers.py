@@ -13,6 +13,32 @@ CHUNK = 1000 * 32 * 32  # pixels stamped at once: float64 copies of a whole test
 
 
 @dataclass(frozen=True)
+class TriggeredSet(ImageSet):
+    """Images on which an attack is judged, however they were made.
+
+    Attributes:
+        images, num_classes: as of any set.
+        labels: int64 (N,), the attacker's classes.
+        true: int64 (N,), the classes that the images are of; None where these are not known.
+    """
+
+    true: Tensor | None = None
+
+    def __getitem__(self, index: Tensor) -> "TriggeredSet":
+        true = None if self.true is None else self.true[index]
+        return replace(self, images=self.images[index], labels=self.labels[index], true=true)
+
+    def to(self, device: torch.device) -> "TriggeredSet":
+        """Move all tensors to a device."""
+        true = None if self.true is None else self.true.to(device)
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device), true=true)
+
+    def with_true_labels(self) -> ImageSet | None:
+        """Return the images with the classes that they are of; None where these are not known."""
+        return None if self.true is None else ImageSet(self.images, self.true, self.num_classes)
+
+
+@dataclass(frozen=True)
 class Trigger:
     """What the attacker puts on an image and which class it shall lead to.
 
@@ -88,7 +114,7 @@ def attacked_index(clean_test: ImageSet, trigger: Trigger) -> Tensor:
     return torch.nonzero(clean_test.labels != target).flatten()
 
 
-def triggered_test_set(clean_test: ImageSet, trigger: Trigger) -> ImageSet:
+def triggered_test_set(clean_test: ImageSet, trigger: Trigger) -> TriggeredSet:
     """Stamp every test image whose class is not the target; its label becomes the target (pipeline: ASR).
 
     Raises:
@@ -108,7 +134,7 @@ def triggered_test_set(clean_test: ImageSet, trigger: Trigger) -> ImageSet:
     if not len(index):
         raise InputError(f"all {count} test images are of the trigger's target class; its success cannot be measured")
     stamped = trigger.stamp(clean_test.images[index], index)
-    return replace(clean_test, images=stamped, labels=target[index].clone())
+    return TriggeredSet(stamped, target[index].clone(), clean_test.num_classes, clean_test.labels[index])
 
 
 def count_unchanged(clean_test: ImageSet, trigger: Trigger, triggered: ImageSet) -> int:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from data.augment import normalize
 from data.datasets import ImageSet, Normalization
 from data.pictures import BAR_DELAY
-from data.triggers import Trigger, attacked_index, triggered_test_set
+from data.triggers import Trigger, TriggeredSet, triggered_test_set
 from models.tracing import traced
 from utils.config import Config, Range, setting
 
@@ -170,11 +170,11 @@ class Evaluator:
 
     Args:
         clean_test: the clean test images.
-        trigger: the attacker's trigger; None where it is unknown.
+        attack: the attacker's trigger, or images that have one already; None where neither is known.
         normalization: of the network's input.
         precision: data type of the evaluation.
         defender: the defender's clean images; None where there is no defender yet.
-        cross: also measure the accuracy on images with the triggers of other images.
+        cross: also measure the accuracy on images with the triggers of other images; not known of images.
         batch_size: images in an evaluation batch, None for ``evaluation_batch``; changes the speed, not the result.
         robust: also measure how many triggered images are given their true class.
 
@@ -185,7 +185,7 @@ class Evaluator:
     def __init__(
         self,
         clean_test: ImageSet,
-        trigger: Trigger | None,
+        attack: Trigger | TriggeredSet | None,
         normalization: Normalization,
         precision: torch.dtype,
         defender: ImageSet | None = None,
@@ -194,12 +194,12 @@ class Evaluator:
         robust: bool = False,
     ):
         self.sets = {"clean": clean_test, "triggered": None, "defender": defender, "cross": None, "robust": None}
-        if trigger:
-            self.sets["triggered"] = triggered_test_set(clean_test, trigger)
-            self.sets["cross"] = crossed(clean_test, trigger) if cross else None
-        if trigger and robust:
-            true = clean_test.labels[attacked_index(clean_test, trigger)]
-            self.sets["robust"] = replace(self.sets["triggered"], labels=true)
+        triggered = triggered_test_set(clean_test, attack) if isinstance(attack, Trigger) else attack
+        self.sets["triggered"] = triggered
+        if cross and isinstance(attack, Trigger):
+            self.sets["cross"] = crossed(clean_test, attack)
+        if robust and triggered is not None:
+            self.sets["robust"] = triggered.with_true_labels()
         self.normalization, self.precision = normalization, precision
         self.batch_size = batch_size or evaluation_batch(clean_test.images.shape[1:3])
 

@@ -1,48 +1,12 @@
-"""Networks from files: unwrapped, checked to the last key, never partly loaded."""
+"""Weights into networks: checked to the last key, never partly loaded."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from formats.layouts import read_checkpoint
 from utils.errors import InputError, shorten
-from utils.files import load_torch
-
-WRAPPERS = ("state_dict", "model", "net", "netC", "model_state", "model_state_dict")
-PREFIXES = ("module.", "model.", "net.", "_orig_mod.")  # the last one is torch.compile's
-AVERAGED = "n_averaged"  # of stochastic weight averaging (torch.optim.swa_utils), beside weights below ``module.``
-
-
-def _is_state_dict(content: Any) -> bool:
-    return isinstance(content, dict) and bool(content) and all(isinstance(v, Tensor) for v in content.values())
-
-
-def unwrap(content: Any, path: str | Path) -> dict[str, Tensor]:
-    """Find the state_dict in what a checkpoint holds and strip prefixes common to all keys.
-
-    Args:
-        content: what ``load_torch`` returned.
-        path: named in the error.
-
-    Raises:
-        InputError: there is no state_dict in it.
-    """
-    for _ in range(2):
-        if _is_state_dict(content) or not isinstance(content, dict):
-            break
-        content = next((content[key] for key in WRAPPERS if key in content), content)
-    if not _is_state_dict(content):
-        raise InputError(f"{path}: holds no state_dict; expected tensors by name, bare or under {', '.join(WRAPPERS)}")
-    if all(name == AVERAGED or str(name).startswith("module.") for name in content):
-        content = {name: tensor for name, tensor in content.items() if name != AVERAGED}
-    while content and (prefix := _common_prefix(content)):
-        content = {name.removeprefix(prefix): tensor for name, tensor in content.items()}
-    return content
-
-
-def _common_prefix(state_dict: dict[str, Tensor]) -> str | None:
-    return next((prefix for prefix in PREFIXES if all(str(name).startswith(prefix) for name in state_dict)), None)
 
 
 def _listing(what: str, names: list[str]) -> str:
@@ -55,7 +19,7 @@ def load_strictly(network: nn.Module, state_dict: dict[str, Tensor], path: str |
 
     Args:
         network: changed in place.
-        state_dict: as ``unwrap`` returned it.
+        state_dict: by the names of the network.
         path: named in the errors.
 
     Raises:
@@ -76,7 +40,7 @@ def load_strictly(network: nn.Module, state_dict: dict[str, Tensor], path: str |
     if any(faults):
         raise InputError(
             f"{path}: does not fit this network: {'; '.join(filter(None, faults))}; "
-            "check --arch, --widen-factor and the number of classes"
+            "check --arch, --widen-factor and the number of classes, or build the network yourself (--model)"
         )
     for name, tensor in state_dict.items():
         _check_values(name, tensor, own[name], path)
@@ -101,5 +65,5 @@ def _check_values(name: str, tensor: Tensor, own: Tensor, path: str | Path) -> N
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Read a checkpoint safely and unwrap it; raises as ``load_torch`` and ``unwrap``."""
-    return unwrap(load_torch(path), path)
+    """Read the weights of a file, whoever wrote it; raises as ``read_checkpoint``."""
+    return read_checkpoint(path).state_dict

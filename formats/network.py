@@ -19,16 +19,19 @@ from data.datasets import (
     is_same_dataset,
     load_dataset,
 )
-from data.triggers import Trigger, count_unchanged, triggered_test_set
+from data.triggers import Trigger, TriggeredSet, count_unchanged, triggered_test_set
 from engine.memory import meta_copy, on_meta, parameter_bytes
 from engine.runtime import Runtime
 from formats.cards import is_compact, read_card
-from formats.checkpoints import is_dense, load_strictly, read_state_dict
+from formats.checkpoints import is_dense, load_strictly
+from formats.layouts import BARE, Checkpoint, read_checkpoint
 from formats.trigger_file import load_trigger_for
+from formats.triggered_folder import load_triggered_folder
 from formats.zoo import ZooConfig
 from models import ModelConfig
 from models.compact import shrink
-from utils.config import Config, InputFile, add_flags, from_flags, given_flags, required, setting
+from models.recognise import Recognised, fits, recognise
+from utils.config import Config, InputFile, InputFolder, add_flags, from_flags, given_flags, required, setting
 from utils.console import announce
 from utils.errors import InputError, quote, shorten
 from utils.files import card_path
@@ -46,22 +49,34 @@ class NetworkConfig(Config):
         flag="--checkpoint --checkpoints",
         metavar="FILE",
     )
+    mean: tuple[float, float, float] | None = setting(
+        None,
+        "mean with which the network's input is normalised, on the 0..1 scale "
+        "(default: the card's, else the toolkit's that wrote the file, else the dataset's)",
+        MEANS,
+    )
+    std: tuple[float, float, float] | None = setting(
+        None,
+        "standard deviation with which it is normalised, on the 0..1 scale (default: as for --mean)",
+        STDS,
+    )
+
+
+@dataclass(frozen=True)
+class AttackConfig(Config):
+    """What the attack is judged on; not known to a defender."""
+
     trigger_info: InputFile | None = setting(
         None,
         "the trigger, to report the ASR: a file, an address, or a name from the zoo; without it only clean accuracy is "
         "reported",
         metavar="FILE",
     )
-    mean: tuple[float, float, float] | None = setting(
+    triggered_images: InputFolder | None = setting(
         None,
-        "mean with which the network's input is normalised, on the 0..1 scale "
-        "(default: the card's, else the dataset's)",
-        MEANS,
-    )
-    std: tuple[float, float, float] | None = setting(
-        None,
-        "standard deviation with which it is normalised, on the 0..1 scale (default: the card's, else the dataset's)",
-        STDS,
+        "instead, pictures that have the trigger already: a folder with labels.csv (columns file, target, label), or "
+        "BackdoorBench's bd_test_dataset",
+        metavar="DIR",
     )
 
 
@@ -75,8 +90,9 @@ class Loaded:
         model: what it is.
         dataset: for which it was made.
         normalization: of its input.
-        trigger: of its attacker; None where it is unknown.
+        attack: the attacker's trigger, or images that have it already; None where neither is known.
         card: empty where there is none.
+        layout: of its file, see ``formats.layouts``.
     """
 
     path: str
@@ -84,13 +100,16 @@ class Loaded:
     model: ModelConfig
     dataset: Dataset
     normalization: Normalization
-    trigger: Trigger | None
+    attack: Trigger | TriggeredSet | None
     card: dict[str, Any]
+    layout: str
 
 
 def add_network_flags(parser: argparse.ArgumentParser) -> None:
     """Add the network, its trigger, and what a card may say of them."""
-    add_flags(parser.add_argument_group("network"), NetworkConfig)
+    group = parser.add_argument_group("network")
+    add_flags(group, NetworkConfig)
+    add_flags(group.add_mutually_exclusive_group(), AttackConfig)
     add_flags(parser.add_argument_group("model"), ModelConfig, card=True)
     add_flags(parser.add_argument_group("data"), DataConfig, card=True)
     add_flags(parser.add_argument_group("zoo"), ZooConfig)
@@ -109,26 +128,56 @@ def load_network(args: argparse.Namespace, data_dir: str, runtime: Runtime) -> L
     """
     config = from_flags(NetworkConfig, args)
     path = config.checkpoint
-    state_dict, card = read_state_dict(path), read_card(path)
-    model = settle_model(path, card or {}, given_flags(args, ModelConfig))
+    given = given_flags(args, ModelConfig)
+    checkpoint, card = read_checkpoint(path, translate="model" not in given), read_card(path)
+    compact = is_compact(card or {})
+    found = None if compact or "model" in given else recognise(checkpoint.state_dict)
+    model = settle_model(path, card or {}, given, found)
     data = _settled(DataConfig, given_flags(args, DataConfig), path, card)
     dataset = load_dataset(data.dataset, data_dir, runtime.device, data.image_size)
-    _check_classes(path, card, dataset)
-    network = build_network(path, state_dict, model, dataset.num_classes, is_compact(card or {}))
+    _check_classes(path, card, found, dataset)
+    if found and not fits(checkpoint.state_dict, model.arch, model.widen_factor, dataset.num_classes):
+        raise InputError(
+            f"{path}: holds {found}, not {model}; leave out --arch and --widen-factor, or look at its card"
+        )
+    network = build_network(path, checkpoint.state_dict, model, dataset.num_classes, compact)
     try_network(network, model, dataset.test)
-    trigger = load_trigger_for(config.trigger_info, dataset.test) if config.trigger_info else None
-    normalization = _normalization(config, card, dataset.normalization)
+    normalization, sources = _normalization(config, card, checkpoint, dataset)
+    layout = "" if checkpoint.layout == BARE else f"layout {checkpoint.layout}, "
+    how = "from its card" if card else "recognised" if found else "from flags and defaults (no card)"
     announce(
-        f"{path}: {model}, mean {normalization.mean}, std {normalization.std}, "
-        f"from {'its card' if card else 'flags and defaults (no card)'}"
+        f"{path}: {layout}{model} ({how}); mean {normalization.mean} ({sources['mean']}), "
+        f"std {normalization.std} ({sources['std']})"
     )
     if card is None:
-        announce(f"{path}: no card, so nothing says whether these are the bytes that its author published")
-    if trigger:
-        _check_effect(config.trigger_info, dataset.test, trigger)
-    else:
+        announce(
+            f"{path}: no card, so nothing says whether these are the bytes that its author published{_hint(sources)}"
+        )
+    attack = _load_attack(from_flags(AttackConfig, args), dataset.test)
+    return Loaded(
+        path, network.to(runtime.device), model, dataset, normalization, attack, card or {}, checkpoint.layout
+    )
+
+
+def _load_attack(config: AttackConfig, test: ImageSet) -> Trigger | TriggeredSet | None:
+    if config.triggered_images:
+        return load_triggered_folder(config.triggered_images, test)
+    if not config.trigger_info:
         announce("no --trigger-info: clean accuracy only, the attack success rate is not known")
-    return Loaded(path, network.to(runtime.device), model, dataset, normalization, trigger, card or {})
+        return None
+    trigger = load_trigger_for(config.trigger_info, test)
+    _check_effect(config.trigger_info, test, trigger)
+    return trigger
+
+
+def _hint(sources: dict[str, str]) -> str:
+    """Say which normalisations others use, where nothing but the dataset speaks for the one in force."""
+    if set(sources.values()) != {"the dataset's"}:
+        return ""
+    return (
+        ", nor how its input was normalised: many toolkits use --std 0.247 0.243 0.261, "
+        "BackdoorBox raw pixels, --mean 0 0 0 --std 1 1 1"
+    )
 
 
 def _agree(path: str, name: str, given: Any, known: Any) -> Any:
@@ -146,13 +195,16 @@ def _agree(path: str, name: str, given: Any, known: Any) -> Any:
     return known if given is None else given
 
 
-def settle_model(path: str, card: dict[str, Any], given: dict[str, Any]) -> ModelConfig:
-    """Return what network a file holds, of which flags and card each know something, and the defaults the rest.
+def settle_model(
+    path: str, card: dict[str, Any], given: dict[str, Any], found: Recognised | None = None
+) -> ModelConfig:
+    """Return what network a file holds, of which flags and card know something, and names and shapes the rest.
 
     Args:
         path: the file.
         card: its card; empty where there is none. The code that it names is not run: the user has to name it himself.
         given: values of flags.
+        found: what names and shapes say; where they say nothing, defaults do.
 
     Raises:
         InputError: flag and card contradict each other, or the network is built by code that no flag names.
@@ -163,7 +215,9 @@ def settle_model(path: str, card: dict[str, Any], given: dict[str, Any]) -> Mode
                 f"{path}: its card says that {quote(card['model'])} builds this network; name the file yourself with "
                 "--model FILE.py:FUNCTION, since code that a card names is never run"
             )
-        return _settled(ModelConfig, given, path, card)
+        known = {"arch": found.arch, "widen_factor": found.widen_factor} if found else {}
+        unsaid = {name: value for name, value in known.items() if name not in given and name not in card}
+        return _settled(ModelConfig, given, path, card | unsaid)
     others = [f"--{name.replace('_', '-')}" for name in ("arch", "widen_factor") if name in given]
     if others:
         raise InputError(f"--model builds the network itself: leave out {others[0]}")
@@ -188,11 +242,21 @@ def _settled(config: type[C], given: dict[str, Any], path: str, card: dict[str, 
         raise InputError(f"{card_path(path)}: {str(error).removeprefix(config.__name__ + '.')}") from error
 
 
-def _normalization(config: NetworkConfig, card: dict[str, Any] | None, own: Normalization) -> Normalization:
-    """Return what flag, card or dataset say, in this order; a card's lists become tuples."""
+def _normalization(
+    config: NetworkConfig, card: dict[str, Any] | None, checkpoint: Checkpoint, dataset: Dataset
+) -> tuple[Normalization, dict[str, str]]:
+    """Return what flag, card, layout or dataset say, in this order, and which of them said it."""
     known = {name: tuple(value) for name, value in (card or {}).get("normalization", {}).items()}
-    parts = {name: _agree(config.checkpoint, name, getattr(config, name), known.get(name)) for name in ("mean", "std")}
-    return Normalization(**{name: part or getattr(own, name) for name, part in parts.items()})
+    usual = checkpoint.normalization(dataset.name)
+    parts, sources = {}, {}
+    for name in ("mean", "std"):
+        said = _agree(config.checkpoint, name, getattr(config, name), known.get(name))
+        parts[name] = said or getattr(usual or dataset.normalization, name)
+        if said:
+            sources[name] = "from its card" if known.get(name) else f"from --{name}"
+        else:
+            sources[name] = f"{checkpoint.layout}'s" if usual else "the dataset's"
+    return Normalization(**parts), sources
 
 
 def sketch_of(model: ModelConfig, num_classes: int) -> nn.Module:
@@ -268,11 +332,11 @@ def _check_effect(path: str, test: ImageSet, trigger: Trigger) -> None:
         announce(f"warning: {path}: this trigger leaves {unchanged} of {count} test images as they are")
 
 
-def _check_classes(path: str, card: dict[str, Any] | None, dataset: Dataset) -> None:
+def _check_classes(path: str, card: dict[str, Any] | None, weights: Recognised | None, dataset: Dataset) -> None:
     known, found = card or {}, dataset.describe()
-    classes = known.get("num_classes", dataset.num_classes)
-    if classes != dataset.num_classes:
-        raise InputError(f"{path}: {classes} classes, but {dataset.name} has {dataset.num_classes}")
+    for classes in (known.get("num_classes"), weights and weights.num_classes):
+        if classes not in (None, dataset.num_classes):
+            raise InputError(f"{path}: {classes} classes, but {dataset.name} has {dataset.num_classes}; see --dataset")
     if "classes" in found and known.get("classes", found["classes"]) != found["classes"]:
         raise InputError(f"{path}: its card names other classes than those of {dataset.name}")
     if "dataset_sha256" in found and known.get("dataset_sha256", dataset.sha256) != dataset.sha256:

@@ -10,7 +10,7 @@ TRAIN = (
     rf"(clean_and_triggered|train_curves){PICTURES}",
 )
 MASKS = (r"mask_values\.(txt|json)", r"optimize_log\.jsonl", rf"mask_values{PICTURES}")
-REPAIRED = r"(repaired|compact)_model\.(th|json)"
+REPAIRED = r"(repaired|compact)_model\.(th|json)|repaired_model\.[a-z-]+\.pt"
 SWEEPS = {
     by: (REPAIRED, rf"pruning_by_{by}\.txt", rf"pruning_by_{by}_log\.jsonl", rf"pruning_by_{by}{PICTURES}")
     for by in ("threshold", "number")

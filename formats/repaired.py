@@ -1,4 +1,4 @@
-"""The repaired network, as it is and made smaller: ``repaired_model.th`` and ``compact_model.th``."""
+"""The repaired network, as it is, as others lay it out, and made smaller."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +10,7 @@ from data.augment import normalize
 from engine.cost import cost, images_per_second
 from engine.evaluation import Evaluator, Report, inference_copy
 from formats.cards import save_with_card
+from formats.layouts import BARE, save_in_layout
 from formats.subject import Subject
 from models.compact import compact
 from utils.config import Config, setting
@@ -29,7 +30,7 @@ class CompactConfig(Config):
 def save_repaired(
     run: Run, subject: Subject, network: nn.Module, repair: dict[str, Any], report: Report
 ) -> dict[str, Any]:
-    """Save the repaired network, loadable like the one it came from, and its card; return the card.
+    """Save the repaired network and its card, and once more as others lay it out if it came so; return the card.
 
     Args:
         run: of the repair, in whose folder ``repaired_model.th`` goes.
@@ -39,11 +40,16 @@ def save_repaired(
         report: what it measured.
 
     Raises:
+        InputError: the file that the network came from is gone or was changed, and so its layout is.
         OSError: the folder cannot be written or the disk is full.
     """
     card = {**subject.card, "repair": repair, "metrics": report.rounded(), "command": run.command}
     card["versions"] = versions()
     save_with_card(run.folder / "repaired_model.th", network.state_dict(), card)
+    source = card["repaired_from"]
+    if source["layout"] != BARE:
+        path = save_in_layout(source, run.arguments.checkpoint, run.folder, network.state_dict())
+        announce(f"saved {path}: the repaired network in the layout in which it came")
     return card
 
 

@@ -146,11 +146,15 @@ def load_subject(
         "normalization": asdict(loaded.normalization),
         "split": {"file": split_file, "sha256": permutation_digest(permutation)} if known_split else {},
         "attack": card.get("attack"),
-        "repaired_from": {"file": Path(loaded.path).name, "sha256": sha256_of(loaded.path)},
+        "repaired_from": {
+            "file": Path(loaded.path).name,
+            "sha256": sha256_of(loaded.path),
+            "layout": loaded.layout,
+        },
     }
     subject = Subject(loaded.network, loaded.normalization, dataset.flip, clean, described)
     sizes = {"batch_size": batch_size} if batch_size else {}
-    evaluator = Evaluator(dataset.test, loaded.trigger, loaded.normalization, runtime.precision, clean, **sizes)
+    evaluator = Evaluator(dataset.test, loaded.attack, loaded.normalization, runtime.precision, clean, **sizes)
     images = sum(len(each) for each in evaluator.sets.values() if each)
     announce(f"{len(clean)} clean images of {dataset.name}; every row measures {images} images")
     return subject, evaluator

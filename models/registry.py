@@ -7,6 +7,7 @@ from torch import nn
 
 from models.mobilenetv2 import MobileNetV2
 from models.own import build_own
+from models.preact_resnet import preactresnet18
 from models.resnet import resnet18, resnet34, resnet50, resnet101, resnet152
 from models.vgg import vgg19_bn
 from utils.config import Config, InputCode, Range, code, setting
@@ -17,6 +18,7 @@ ARCHITECTURES = {
     "resnet50": resnet50,
     "resnet101": resnet101,
     "resnet152": resnet152,
+    "preactresnet18": preactresnet18,
     "vgg19_bn": vgg19_bn,
     "MobileNetV2": MobileNetV2,
 }

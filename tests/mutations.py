@@ -674,14 +674,14 @@ MUTATIONS = [
         ),
         (
             "evaluated on the training set",
-            "Evaluator(dataset.test, loaded.trigger, loaded.normalization",
-            "Evaluator(dataset.train, loaded.trigger, loaded.normalization",
+            "Evaluator(dataset.test, loaded.attack, loaded.normalization",
+            "Evaluator(dataset.train, loaded.attack, loaded.normalization",
             "test_scripts.py -k defender_holds",
         ),
         (
             "evaluated with the dataset's normalisation",
-            "Evaluator(dataset.test, loaded.trigger, loaded.normalization",
-            "Evaluator(dataset.test, loaded.trigger, dataset.normalization",
+            "Evaluator(dataset.test, loaded.attack, loaded.normalization",
+            "Evaluator(dataset.test, loaded.attack, dataset.normalization",
             "test_scripts.py -k normalisation",
         ),
         (
@@ -767,8 +767,8 @@ MUTATIONS = [
         ),
         (
             "normalisation of the card ignored",
-            'getattr(config, name), known.get(name)) for name in ("mean", "std")',
-            'getattr(config, name), None) for name in ("mean", "std")',
+            "getattr(config, name), known.get(name))",
+            "getattr(config, name), None)",
             "test_scripts.py -k normalisation",
         ),
     ),
@@ -1236,13 +1236,21 @@ MUTATIONS = [
             "False",
             "test_faults.py -k negative_variances",
         ),
+    ),
+    *_of(
+        "formats/layouts.py",
         (
             "checkpoints: one prefix alone",
-            "while content and (prefix",
-            "if content and (prefix",
+            "while known and (prefix",
+            "if known and (prefix",
             "test_files.py -k layouts",
         ),
-        ("checkpoints: averaged weights refused", "if name != AVERAGED}", "}", "test_files.py -k layouts"),
+        (
+            "checkpoints: averaged weights refused",
+            "for name in names if name != AVERAGED]",
+            "for name in names]",
+            "test_files.py -k layouts",
+        ),
     ),
     *_of(
         "formats/trigger_file.py",

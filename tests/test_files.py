@@ -11,7 +11,8 @@ import torch
 from data.triggers import Trigger
 from engine.evaluation import Metrics, Report
 from formats.cards import read_card, save_with_card
-from formats.checkpoints import load_strictly, read_state_dict, unwrap
+from formats.checkpoints import load_strictly, read_state_dict
+from formats.layouts import read_content
 from formats.mask_file import check_source, read_masks, write_masks
 from formats.pruning_file import write_sweep
 from formats.trigger_file import load_trigger, save_trigger
@@ -208,7 +209,7 @@ def test_trigger_file_without_an_entry(tmp_path):
 )
 def test_known_layouts_are_unwrapped(network, wrap):
     fresh = build_model("resnet18", 10, 1 / 16)
-    load_strictly(fresh, unwrap(wrap(network.state_dict()), "x.th"), "x.th")
+    load_strictly(fresh, read_content(wrap(network.state_dict()), "x.th").state_dict, "x.th")
     assert all(
         torch.equal(a, b) for a, b in zip(fresh.state_dict().values(), network.state_dict().values(), strict=True)
     )
@@ -217,7 +218,7 @@ def test_known_layouts_are_unwrapped(network, wrap):
 @pytest.mark.parametrize("content", [{}, [1], {"state_dict": 3}, {"epoch": 1}, torch.ones(2)])
 def test_no_state_dict(content):
     with pytest.raises(InputError, match="no state_dict"):
-        unwrap(content, "x.th")
+        read_content(content, "x.th")
 
 
 def test_strict_loading(network):

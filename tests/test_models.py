@@ -27,6 +27,7 @@ NEURONS = {
     "resnet50": 26560,
     "resnet101": 52672,
     "resnet152": 75712,
+    "preactresnet18": 3392,
     "vgg19_bn": 5504,
     "MobileNetV2": 17544,
 }
@@ -49,7 +50,7 @@ def test_forward_and_widen_factor(arch):
     assert sum(p.numel() for p in narrow.parameters()) < sum(p.numel() for p in wide.parameters())
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "vgg19_bn", "MobileNetV2"])
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "preactresnet18", "vgg19_bn", "MobileNetV2"])
 @pytest.mark.parametrize("size", [(64, 64), (48, 32)])
 def test_any_image_size(arch, size):
     assert build_model(arch, 7, 0.125).eval()(torch.randn(2, 3, *size)).shape == (2, 7)
@@ -72,8 +73,23 @@ def test_state_dict_names_are_the_published_ones():
     vgg = set(build_model("vgg19_bn", 10, 0.0625).state_dict())
     assert {"features.0.weight", "features.0.bias", "features.1.running_mean", "classifier.weight"} <= vgg
     assert not {name for name in vgg if name.startswith("features.2.")}
+    preact = set(build_model("preactresnet18", 10, 0.0625).state_dict())
+    assert {"conv1.weight", "layer1.0.bn1.weight", "layer2.0.shortcut.0.weight", "linear.bias"} <= preact
+    assert not {name for name in preact if name.startswith(("bn", "layer1.0.shortcut", "layer2.0.shortcut.1"))}
     mobile = set(build_model("MobileNetV2", 10, 0.25).state_dict())
     assert {"layers.0.shortcut.1.weight", "layers.16.bn3.weight", "conv2.weight", "bn2.bias", "linear.bias"} <= mobile
+
+
+def test_the_shortcut_of_a_preactivation_block_starts_behind_its_first_batchnorm():
+    torch.manual_seed(0)
+    network = build_model("preactresnet18", 10, 0.0625).eval()
+    block = network.layer2[0]
+    block.conv2.weight.data.zero_()
+    x = torch.randn(2, 4, 8, 8)
+    torch.testing.assert_close(block(x), block.shortcut[0](block.bn1(x).relu()))
+    plain = network.layer1[0]
+    plain.conv2.weight.data.zero_()
+    assert torch.equal(plain(x), x)
 
 
 @pytest.mark.parametrize("kwargs", [{"arch": "resnet9"}, {"widen_factor": 0}, {"num_classes": 0}])

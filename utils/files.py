@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, and files from strangers that are read without running them."""
 
+import argparse
 import hashlib
 import io
 import json
@@ -24,6 +25,21 @@ _NUMPY_GLOBALS = [
     for name in ("_reconstruct", "scalar")
     for package in ("numpy.core", "numpy._core")
 ] + [np.ndarray, np.dtype, *{type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}]
+
+
+class _Options(argparse.Namespace):
+    """What a file calls ``argparse.Namespace``: names and values, and never one that Python itself would call."""
+
+    def __setstate__(self, state: Any) -> None:
+        if not isinstance(state, dict) or not all(isinstance(name, str) and name[:2] != "__" for name in state):
+            raise TypeError("the state of an argparse.Namespace is none")
+        vars(self).update(state)
+
+    def __reduce__(self) -> tuple:
+        return argparse.Namespace, (), vars(self)  # written back, it is what it was
+
+
+_SAFE_GLOBALS = [*_NUMPY_GLOBALS, (_Options, "argparse.Namespace")]
 _READ_ERRORS = (
     OSError,
     RuntimeError,
@@ -211,7 +227,7 @@ def save_torch(path: str | Path, content: Any) -> None:
 def load_torch(path: str | Path) -> Any:
     """Read a ``torch.save`` file to the CPU without running anything in it.
 
-    Only tensors, plain containers and NumPy's numeric arrays are accepted.
+    Only tensors, plain containers, NumPy's numeric arrays and argparse's options are accepted.
 
     Raises:
         InputError: the file is missing or damaged, or asks for any other global; the message names it.
@@ -219,7 +235,7 @@ def load_torch(path: str | Path) -> Any:
     check_file(path)
     try:
         _check_archive(path)
-        with torch.serialization.safe_globals(_NUMPY_GLOBALS), warnings.catch_warnings():
+        with torch.serialization.safe_globals(_SAFE_GLOBALS), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about pickle protocols; what is refused is said below
             return torch.load(path, map_location="cpu", weights_only=True)
     except InputError:
@@ -228,8 +244,9 @@ def load_torch(path: str | Path) -> Any:
         forbidden = re.search(r"GLOBAL (\S+)", str(error))
         found = f"it asks to run {shorten(forbidden[1])}" if forbidden else "not a plain torch.save file"
         found = _foreign(path) or found
+        pictures = "; its pictures can come as a folder, --triggered-images" if "run PIL." in found else ""
         raise InputError(
-            f"{path}: refused, {found}; only tensors and numeric arrays are read ({WEIGHTS_ALONE})"
+            f"{path}: refused, {found}; only tensors and numeric arrays are read ({WEIGHTS_ALONE}{pictures})"
         ) from error
     except _READ_ERRORS as error:
         reason = _foreign(path) or (str(error).splitlines() or [type(error).__name__])[0]
