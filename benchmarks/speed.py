@@ -33,7 +33,7 @@ from data.datasets import DataConfig, SourceConfig, load_dataset
 from data.split import load_permutation
 from engine.runtime import PRECISIONS, Runtime, RuntimeConfig, prepare_runtime
 from engine.training import TrainConfig
-from formats.network import try_own
+from formats.network import try_network
 from models import ModelConfig
 from utils.config import Config, Range, add_flags, from_flags, make_parser, setting
 from utils.console import announce
@@ -115,7 +115,7 @@ def make_setup(args: argparse.Namespace, runtime: Runtime) -> Setup:
     permutation = load_permutation(source.split_file, len(dataset.train))
     with seeded_weights(config.seed, "initial weights"):
         network = model.build(dataset.num_classes)
-    try_own(network, model, dataset.test)
+    try_network(network, model, dataset.test)
     network = network.to(runtime.device, memory_format=torch.channels_last).eval()
     batches = config.batches or BATCHES[runtime.device.type]
     return Setup(dataset, network, runtime, permutation, config.batch_size, batches, config.seed)
