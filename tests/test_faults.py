@@ -26,6 +26,7 @@ import optimize_mask_cifar as optimize
 import prune_neuron_cifar as prune
 import train_backdoor_cifar as train
 from attacks.clean_label import IMAGES, LABELS, RECIPE
+from data.datasets import ImageSet
 from data.split import draw_permutation
 from formats.cards import read_card
 from tests.conftest import WIDTH
@@ -940,24 +941,22 @@ def test_an_attack_that_failed_is_said(limit, said, folder, capsys, monkeypatch)
     assert ("warning: the attack has hardly taken hold" in capsys.readouterr().out) == said
 
 
-def test_masks_and_prunings_that_leave_a_guessing_network(folder, capsys, monkeypatch):
-    """The tiny network guesses anyway, so guessing is what a threshold between the two accuracies says it is."""
-    monkeypatch.setattr(optimize, "is_guessing", lambda accuracy, classes, count: accuracy < 0.5)
-    monkeypatch.setattr(prune, "is_guessing", lambda accuracy, classes, count: accuracy < 0.5)
-    rows = [{"defender acc %": 90.0}, {"defender acc %": 10.0}]
-
+def test_masks_that_leave_a_guessing_network(folder):
     class Subject:
-        clean = range(60)
+        clean = ImageSet(torch.zeros(60, 1), torch.zeros(60, dtype=torch.int64), 10)
 
-    monkeypatch.setattr(Subject, "clean", type("Clean", (), {"num_classes": 10, "__len__": lambda self: 60})())
+    rows = [{"defender acc %": 90.0}, {"defender acc %": 10.0}]
     with pytest.raises(InputError, match=r"only guesses \(10.0 % of the clean images, 90.0 % before\).*lower --lr"):
         optimize.refuse_useless(rows, Subject)
     optimize.refuse_useless(rows[::-1], Subject)
-    metrics = [type("R", (), {"defender": type("M", (), {"accuracy": value})}) for value in (0.9, 0.1)]
-    prune.warn_of_ruin(Subject, *metrics)
-    assert "warning: the repaired network only guesses" in capsys.readouterr().out
-    prune.warn_of_ruin(Subject, *metrics[::-1])
-    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("ruined", [True, False])
+def test_a_pruning_that_leaves_a_guessing_network_is_said(folder, capsys, monkeypatch, ruined):
+    """The tiny network guesses before, too, so what is ruined is decided here."""
+    monkeypatch.setattr(prune, "is_ruined", lambda before, after, images: ruined)
+    assert prune.main(base(prune, folder)) == 0
+    assert ("warning: the repaired network only guesses" in capsys.readouterr().out) == ruined
 
 
 @pytest.mark.parametrize(("accuracy", "guessing"), [(0.05, True), (0.1, True), (0.13, True), (0.15, False)])
