@@ -1251,6 +1251,36 @@ MUTATIONS = [
             "for name in names]",
             "test_files.py -k layouts",
         ),
+        (
+            "layouts: other data types written back",
+            ".to(content[name].dtype)",
+            "",
+            "test_layouts.py -k new_weights",
+        ),
+    ),
+    *_of(
+        "formats/triggered_folder.py",
+        (
+            "triggered images: links out of the folder",
+            "(folder / name).resolve().is_relative_to(folder.resolve())",
+            "name",
+            "test_triggered_folder.py -k tables",
+        ),
+        (
+            "triggered images: of the target class, too",
+            "if row.label != row.target]",
+            "]",
+            "test_triggered_folder.py -k left_out",
+        ),
+    ),
+    *_of(
+        "utils/files.py",
+        (
+            "options: names that Python calls",
+            'name[:2] != "__"',
+            "name",
+            "test_layouts.py -k names_that_python_calls",
+        ),
     ),
     *_of(
         "formats/trigger_file.py",
