@@ -19,7 +19,7 @@ from benchmarks import loops, meter, same_place, speed, tables
 from benchmarks.loops import STEPS, Loops, Setup
 from data.datasets import DATASETS
 from defenses import AnpConfig
-from engine.evaluation import BatchConfig
+from engine.evaluation import EVALUATION_BATCH, Evaluator
 from engine.runtime import Runtime
 from engine.training import TrainConfig
 
@@ -243,7 +243,9 @@ def test_both_phases_of_the_input_aware_attack(monkeypatch, flags, name, jointly
 def test_batches_are_those_of_the_scripts(flags):
     assert speed.SpeedConfig.batch_size == TrainConfig.batch_size == AnpConfig.batch_size
     setup = make_setup(flags)
-    assert loops.step_3(setup).batch == BatchConfig.batch_size and loops.clean_label(setup).batch == PGD_BATCH
+    evaluator = Evaluator(setup.dataset.test, None, setup.dataset.normalization, torch.float32)
+    assert loops.step_3(setup).batch == evaluator.batch_size == EVALUATION_BATCH
+    assert loops.clean_label(setup).batch == PGD_BATCH
     assert loops.step_1(setup).batch == loops.step_2(setup).batch == 16
     assert speed.BATCHES == {"cpu": 3, "cuda": 50}
     assert make_setup(["--dataset", "tiny", "--widen-factor", "0.0625"]).batches == 3
