@@ -464,6 +464,19 @@ def test_same_place_ends_in_one_line(capsys, tmp_path):
     assert line.startswith("same_place: error: ") and "none.th" in line
 
 
+@pytest.mark.slow
+def test_same_place_compares_the_fast_loop_with_the_plain_one(trained, capsys):
+    source = ["--checkpoint", f"{trained}/last_model.th", "--trigger-info", f"{trained}/trigger_info.th"]
+    options = ["--nb-iter", "1", "--val-frac", "0.1", "--batch-size", "16", "--precision", "fp32", "--threads", "1"]
+    assert same_place.main([*source, *options]) == 0
+    first = capsys.readouterr().out.split("against the plain loop")[1].splitlines()
+    assert first[1].startswith("masks: correlation 1.0000, mean difference 0.0000")
+    assert [line for line in first if line.startswith("largest")] == [
+        "largest difference in C-Acc: 0.00 points",
+        "largest difference in ASR: 0.00 points",
+    ]
+
+
 def test_the_name_of_the_processor(tmp_path):
     info = tmp_path / "cpuinfo"
     info.write_text("processor\t: 0\nmodel name\t: A Fast One\nmodel name\t: Another\n")
