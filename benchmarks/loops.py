@@ -19,7 +19,7 @@ from data.split import attacker_index, defender_index
 from defenses import AnpConfig, optimize_masks
 from defenses.anp import hold_frozen
 from engine.cost import cost
-from engine.evaluation import EVALUATION_BATCH, evaluate, inference_copy
+from engine.evaluation import evaluate, evaluation_batch, inference_copy
 from engine.runtime import Runtime
 from engine.training import SgdLoop, TrainConfig
 from formats.subject import SubjectConfig
@@ -139,14 +139,15 @@ def step_2(setup: Setup) -> Loops:
 def step_3(setup: Setup) -> Loops:
     """Evaluation of one pruned network; folding is part of every row of the sweep. Plain batches are as in step 1."""
     test, normalization, precision = setup.dataset.test, setup.dataset.normalization, setup.runtime.precision
-    count = min(max(setup.batches, FOLDED_BATCHES) * EVALUATION_BATCH, len(test))
+    batch = evaluation_batch(test.images.shape[1:3])
+    count = min(max(setup.batches, FOLDED_BATCHES) * batch, len(test))
     images = test[torch.arange(count)]
     plain = copy.deepcopy(setup.network).to(memory_format=torch.contiguous_format)
     loader = plain_loader(images.to("cpu"), normalization, train=False, batch_size=setup.batch_size)
     return Loops(
         lambda: plain_evaluate(plain, setup.on_device(loader)),
-        lambda: evaluate(inference_copy(setup.network, precision), images, normalization, precision),
-        EVALUATION_BATCH,
+        lambda: evaluate(inference_copy(setup.network, precision), images, normalization, precision, batch),
+        batch,
         count,
         setup.flops,
         1,
@@ -157,10 +158,14 @@ def step_3(setup: Setup) -> Loops:
 def clean_label(setup: Setup) -> Loops:
     """One PGD step of every image of a batch."""
     folded = inference_copy(setup.network, setup.runtime.precision).requires_grad_(False)
-    images = setup.dataset.train[torch.arange(PGD_BATCH)]
+    count = min(PGD_BATCH, len(setup.dataset.train))
+    images = setup.dataset.train[torch.arange(count)]
     settings = setup.dataset.normalization, 16.0, setup.batches, 1.5, setup.runtime.precision
-    count = setup.batches * PGD_BATCH
-    return Loops(None, lambda: take(pgd(folded, images, *settings), setup.batches), PGD_BATCH, count, setup.flops, 0, 2)
+
+    def run():
+        take(pgd(folded, images, *settings), setup.batches)
+
+    return Loops(None, run, count, setup.batches * count, setup.flops, 0, 2)
 
 
 def input_aware(jointly: bool) -> Callable[[Setup], Loops]:

@@ -1,5 +1,6 @@
 """How long work takes, what the machine reaches at best, and how much of the work is convolution or matrix product."""
 
+import os
 import re
 import time
 from collections.abc import Callable, Iterable
@@ -66,6 +67,7 @@ def changed_peaks(before: dict[str, float], after: dict[str, float]) -> list[str
 
 def profiled(work: Callable[[], object], device: torch.device) -> EventList:
     """Run a function under the profiler, which slows it down; returns its operators and, on CUDA, its kernels."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else its progress goes to stderr
     cuda = [ProfilerActivity.CUDA] if device.type == "cuda" else []
     with profile(activities=[ProfilerActivity.CPU, *cuda]) as profiler:
         work()

@@ -1351,6 +1351,81 @@ MUTATIONS = [
             "test_own_network.py -k another_run",
         ),
     ),
+    *_of(
+        "benchmarks/meter.py",
+        (
+            "speed: only a peak that falls is noticed",
+            "max(before[name], after[name]) > BUSY * min(before[name], after[name])",
+            "before[name] > BUSY * after[name]",
+            "test_speed.py -k tenth",
+        ),
+        ("speed: half the FLOPs of a peak", "calls * 2 * batch", "calls * batch", "test_speed.py -k peak_counts"),
+        ("speed: the slowest stretch", "best = min(", "best = max(", "test_speed.py -k peak_counts"),
+        (
+            "speed: user annotations counted as kernels",
+            " and not event.is_user_annotation",
+            "",
+            "test_speed.py -k nothing_twice",
+        ),
+        (
+            "speed: conversions taken for convolutions",
+            "conv(?!ert)",
+            "conv",
+            "test_speed.py -k convolution_or_product",
+        ),
+        ("speed: events not waited for", "    last.record()\n", "", "test_speed.py -k between_events"),
+    ),
+    *_of(
+        "benchmarks/loops.py",
+        (
+            "speed: one epoch and no further",
+            "chain.from_iterable(repeat(loader))",
+            "iter(loader)",
+            "test_speed.py -k next_epoch",
+        ),
+        (
+            "speed: an incomplete last batch",
+            "len(index) - len(index) % self.batch_size",
+            "len(index)",
+            "test_speed.py -k split_file",
+        ),
+        (
+            "speed: the defender's images of another split",
+            "defender_index(setup.permutation,",
+            "defender_index(torch.arange(len(setup.permutation)),",
+            "test_speed.py -k split_file",
+        ),
+        (
+            "speed: joint phase timed as mask phase",
+            "jointly * loop.mask_epochs * loop.batches",
+            "0",
+            "test_speed.py -k both_phases",
+        ),
+    ),
+    *_of(
+        "benchmarks/speed.py",
+        ("speed: no warm-up", "        loop()  # warm-up\n", "        pass\n", "test_speed.py -k warm_up"),
+        (
+            "speed: the worse peak counts",
+            "max(before[name], after[name])",
+            "before[name]",
+            "test_speed.py -k better_one",
+        ),
+        ("speed: ratios of a busy machine", "    if not changed:\n", "    if True:\n", "test_speed.py -k busy_machine"),
+        (
+            "speed: a busy machine is no failure",
+            "    if changed:\n",
+            "    if False:\n",
+            "test_speed.py -k busy_machine",
+        ),
+        (
+            "speed: steps train one network on",
+            "network=copy.deepcopy(setup.network)",
+            "network=setup.network",
+            "test_speed.py -k same_network",
+        ),
+        ("speed: a result replaced", "if path and Path(path).exists()", "if False", "test_speed.py -k one_line"),
+    ),
 ]
 
 
