@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from attacks import InputAwareAllToAll
-from attacks.clean_label import PGD_BATCH
+from attacks.clean_label import pgd_batch
 from attacks.pgd import pgd
 from benchmarks.plain import PlainMasks, plain_evaluate, plain_loader, plain_train
 from data.augment import make_transform
@@ -158,7 +158,7 @@ def step_3(setup: Setup) -> Loops:
 def clean_label(setup: Setup) -> Loops:
     """One PGD step of every image of a batch."""
     folded = inference_copy(setup.network, setup.runtime.precision).requires_grad_(False)
-    count = min(PGD_BATCH, len(setup.dataset.train))
+    count = min(pgd_batch(setup.runtime.device), len(setup.dataset.train))
     images = setup.dataset.train[torch.arange(count)]
     settings = setup.dataset.normalization, 16.0, setup.batches, 1.5, setup.runtime.precision
 

@@ -1,6 +1,7 @@
 """Published datasets, from the files their authors publish; what is not there is downloaded.
 
-Pickled files are read by torchvision alone, which verifies their checksums first.
+Pickled files are read by torchvision alone, which verifies their checksums first. It is imported where it is needed:
+that takes as long as importing PyTorch.
 """
 
 import csv
@@ -13,8 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.datasets import CIFAR10, CIFAR100, SVHN
-from torchvision.datasets.utils import download_and_extract_archive
 
 from data.pictures import list_folder, list_pictures, read_pictures, squash
 from utils.console import announce
@@ -77,7 +76,7 @@ def _read_torchvision(kind: Callable[..., Any], root: Path, parts: list[dict[str
         return _download(lambda: [kind(root, **part, download=True) for part in parts], title, root, remedy)
 
 
-def _read_cifar(kind: type[CIFAR10], root: Path, title: str) -> tuple[Labelled, Labelled, Any]:
+def _read_cifar(kind: Callable[..., Any], root: Path, title: str) -> tuple[Labelled, Labelled, Any]:
     remedy = f"unpack there {kind.filename} from {CIFAR_PAGE}"
     parts = _read_torchvision(kind, root, [{"train": True}, {"train": False}], title, remedy)
     labelled = ((torch.from_numpy(part.data), torch.tensor(part.targets)) for part in parts)
@@ -86,12 +85,16 @@ def _read_cifar(kind: type[CIFAR10], root: Path, title: str) -> tuple[Labelled, 
 
 def read_cifar10(root: Path) -> Parts:
     """Read CIFAR-10 (Krizhevsky 2009); raises ``InputError`` where it is not there and cannot be downloaded."""
+    from torchvision.datasets import CIFAR10
+
     train, test, _ = _read_cifar(CIFAR10, root, "CIFAR-10")
     return train, test, CIFAR10_CLASSES
 
 
 def read_cifar100(root: Path) -> Parts:
     """Read CIFAR-100 (Krizhevsky 2009) with its fine labels; raises as ``read_cifar10``."""
+    from torchvision.datasets import CIFAR100
+
     train, test, whole = _read_cifar(CIFAR100, root, "CIFAR-100")
     return train, test, tuple(whole.classes)
 
@@ -104,6 +107,8 @@ def read_svhn(root: Path) -> Parts:
     """
     if importlib.util.find_spec("scipy") is None:
         raise InputError("--dataset svhn: its .mat files are read with SciPy, which is not there: pip install scipy")
+    from torchvision.datasets import SVHN
+
     remedy = f"put there train_32x32.mat and test_32x32.mat from {SVHN_PAGE}"
     parts = _read_torchvision(SVHN, root, [{"split": "train"}, {"split": "test"}], "SVHN", remedy)
     train, test = ((torch.from_numpy(part.data).permute(0, 2, 3, 1).contiguous(), part.labels) for part in parts)
@@ -112,6 +117,8 @@ def read_svhn(root: Path) -> Parts:
 
 
 def _fetch(archives: dict[str, str], folder: Path) -> None:
+    from torchvision.datasets.utils import download_and_extract_archive
+
     for url, md5 in archives.items():
         download_and_extract_archive(url, str(folder), md5=md5)
 

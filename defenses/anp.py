@@ -256,8 +256,8 @@ def optimize_masks(
             # of a BatchNorm alone: its children, such as the dropout of timm's BatchNormAct2d, stay in eval mode
             layer.training = isinstance(layer, NoisyBatchNorm)
         changed = state.mask, state.momentum
-        iterate = iterate or replayed(lambda batch: _iterate(network, config, state, batch), changed, batch)
         with torch.inference_mode(False), torch.enable_grad():
+            iterate = iterate or replayed(lambda batch: _iterate(network, config, state, batch), changed, batch)
             values = iterate(batch)
         network.eval()
         show_masks(network, state)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from data.augment import make_transform
 from data.datasets import Dataset, ImageSet, Normalization
 from data.triggers import Trigger
+from engine.cuda_graph import replayed
 from engine.drive import Means
 from engine.evaluation import Evaluator, Report
 from engine.runtime import autocast
@@ -78,15 +79,43 @@ class KeepConfig(Config):
 
 def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.SGD:
     """Return the SGD of the paper: momentum and weight decay on all parameters."""
-    return torch.optim.SGD(
+    optimizer = torch.optim.SGD(
         network.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
     )
+    if next(network.parameters()).device.type == "cuda":
+        make_recordable(optimizer)
+    return optimizer
+
+
+def make_recordable(optimizer: torch.optim.SGD) -> None:
+    """Let recorded kernels make the steps of an SGD: its learning rate becomes a tensor, its momenta exist at once.
+
+    Neither changes a step, as momenta begin at zero. What is saved holds a number as learning rate, as it does without.
+    """
+
+    def complete(optimizer: torch.optim.Optimizer) -> None:
+        for group in optimizer.param_groups:
+            device = group["params"][0].device
+            group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=device)
+            for parameter in group["params"]:
+                optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+
+    def save_numbers(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        for group in state["param_groups"]:
+            group["lr"] = float(group["lr"])
+
+    complete(optimizer)
+    optimizer.register_load_state_dict_post_hook(complete)
+    optimizer.register_state_dict_post_hook(save_numbers)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the learning rate of all parameters."""
+    """Set the learning rate of all parameters, in place where it is a tensor."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 class TrainingLoop:
@@ -200,19 +229,39 @@ class TrainingLoop:
 class SgdLoop(TrainingLoop):
     """SGD on a training set that stays as it is."""
 
+    _update_full: Callable | None = None  # of a full batch; on CUDA recorded when the first one comes
+
     def train_batch(self, index: Tensor, epoch: int, batch: int) -> tuple[Tensor, Tensor]:
         """See ``TrainingLoop``."""
         self.network.train()
         images, labels = self.train.images[index], self.train.labels[index]  # (B, H, W, 3), (B,)
-        images = self.augmented(images, epoch, batch)  # (B, 3, H, W)
+        parts = self.augmented(images, epoch, batch), labels  # (B, 3, H, W), (B,)
         set_learning_rate(self.optimizer, self.learning_rate(self.time(epoch, batch)))
+        if len(labels) < self.config.batch_size:  # the last of an epoch
+            return self._update(parts)
+        self._update_full = self._update_full or replayed(self._update, self._changed(), parts)
+        return self._update_full(parts)
+
+    def _update(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Make one update from images (B, 3, H, W) and labels (B,), without a host sync."""
+        images, labels = batch
         with autocast(self.device, self.config.precision):
             logits = self.network(images)  # (B, classes)
         loss = F.cross_entropy(logits.float(), labels)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        return loss, (logits.argmax(1) == labels).sum()
+        return loss.detach(), (logits.argmax(1) == labels).sum()
+
+    def _changed(self) -> list[Tensor]:
+        """Return all tensors that an update changes: parameters, statistics of BatchNorms, momenta."""
+        momenta = [value for state in self.optimizer.state.values() for value in state.values()]
+        return [*self.network.parameters(), *self.network.buffers(), *momenta]
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See ``engine.drive.Loop``."""
+        super().load_state_dict(state)
+        self._update_full = None  # its kernels write to momenta that were replaced
 
 
 def measure_of(

@@ -30,7 +30,7 @@ from engine.evaluation import Evaluator, crossed, evaluate, inference_copy
 from engine.runtime import Runtime
 from formats.subject import load_surrogate
 from models import ModelConfig, build_model
-from models.generator import Generator, mask_of, pattern_of
+from models.generator import Generator, doubled, mask_of, pattern_of
 from tests.small import interrupt_after
 from utils.errors import InputError
 from utils.files import sha256_of
@@ -286,7 +286,7 @@ def test_an_interrupted_build_goes_on(tmp_path, images, surrogate, monkeypatch):
     """Finished batches are kept, and the set is the same as one built in one go."""
     import attacks.clean_label as module
 
-    monkeypatch.setattr(module, "PGD_BATCH", 10)
+    monkeypatch.setattr(module, "pgd_batch", lambda device: 10)
     (tmp_path / "whole").mkdir(), (tmp_path / "parts").mkdir()
     attack = CleanLabel(clb_steps=3, **surrogate)
     expected = attack.carry_out(workspace_of(images, None, tmp_path / "whole"))
@@ -308,6 +308,18 @@ def test_an_interrupted_build_goes_on(tmp_path, images, surrogate, monkeypatch):
     assert len(taken) == 8 + 6 and taken[-1] == 6, "two of four batches are not computed again"
     assert torch.equal(resumed.train.images, expected.train.images)
     assert not list((tmp_path / "parts" / "clean_label_set").glob("part_*.npy"))
+
+
+def test_on_a_gpu_more_images_are_perturbed_at_a_time_with_the_same_result(images, network, monkeypatch):
+    import attacks.clean_label as module
+
+    assert [module.pgd_batch(torch.device(name)) for name in ("cpu", "cuda")] == [100, 500]
+    sets = []
+    for size in (100, 9):
+        monkeypatch.setattr(module, "pgd_batch", lambda device, size=size: size)
+        sets.append(CleanLabel(clb_steps=1).poison(images, 0, network, SYNTHETIC_NORMALIZATION).train.images)
+    assert (sets[0] != sets[1]).float().mean() < 1e-4  # where the gradient is 0 but for rounding
+    assert (sets[0] != images.images).any()
 
 
 def test_the_opacity_of_a_set_is_the_one_it_was_built_with(tmp_path, images, surrogate):
@@ -384,6 +396,29 @@ def test_generator_shapes():
         assert len(norms) == len(convs) == 13 and all(m.momentum == 0.05 and m.eps == 1e-5 for m in norms)
         assert [m.out_channels for m in convs] == [32, 32, 64, 64, 128, 128, 128, 128, 64, 64, 32, 32, channels]
         assert all(m.bias is not None for m in convs)
+
+
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("size", [(4, 6), (1, 2)])
+def test_the_gpus_way_to_double_an_image_is_the_interpolation(size, dtype, near):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(2, 3, *size, generator=generator).to(dtype, memory_format=torch.channels_last).requires_grad_()
+    ours, theirs = doubled(x), nn.functional.interpolate(x, scale_factor=2, mode="bilinear")
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(ours, theirs, atol=near, rtol=0)
+    weights = torch.rand(theirs.shape, generator=generator).to(dtype)
+    gradients = (torch.autograd.grad((out * weights).sum(), x)[0] for out in (ours, theirs))
+    torch.testing.assert_close(*gradients, atol=4 * near, rtol=0)
+
+
+def test_on_the_cpu_a_generator_interpolates_as_it_always_did(monkeypatch):
+    monkeypatch.setattr("models.generator.doubled", None)
+    generator, x = Generator(1, 0.1), torch.randn(2, 3, 8, 8)
+    plain = copy.deepcopy(generator)
+    for index, layer in enumerate(plain.layers):
+        if isinstance(layer, nn.Upsample):
+            plain.layers[index] = nn.Upsample(scale_factor=2, mode="bilinear")
+    assert torch.equal(generator(x), plain(x)) and list(generator.state_dict()) == list(plain.state_dict())
 
 
 def test_input_aware_formulas():

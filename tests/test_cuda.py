@@ -59,7 +59,7 @@ def backward(loss):
         nodes += [next_node for next_node, _ in node.next_functions]
 
 
-def gradients(loss, inputs):
+def gradients(loss, inputs, materialize_grads=False):
     """``torch.autograd.grad`` likewise."""
     assert loss.device == CUDA
     return tuple(torch.zeros_like(part) for part in (inputs if isinstance(inputs, (tuple, list)) else [inputs]))
@@ -69,6 +69,12 @@ def step(optimizer):
     """An optimizer's step: the fused kernels have no fake form, but take no tensor from the CPU."""
     parts = [part for group in optimizer.param_groups for part in group["params"]]
     assert parts and all(part.device == part.grad.device == CUDA for part in parts)
+
+
+def not_recorded(iterate, changed, batch):
+    """Instead of recording, which needs a GPU: all that an update reads or changes is there."""
+    assert changed and all(part.device == CUDA for part in (*changed, *batch))
+    return iterate
 
 
 @pytest.fixture
@@ -84,6 +90,7 @@ def fake(monkeypatch):
     monkeypatch.setattr(torch.optim.SGD, "step", step)
     monkeypatch.setattr(torch.optim.Adam, "step", step)
     monkeypatch.setattr(torch.autograd, "grad", gradients)
+    monkeypatch.setattr("engine.training.replayed", not_recorded)
     monkeypatch.setattr(torch.Tensor, "item", lambda self: 1.0)
     for place in (torch, torch.Tensor):  # as if every entry were set
         monkeypatch.setattr(place, "nonzero", lambda tensor: torch.arange(len(tensor), device=tensor.device)[:, None])
@@ -125,6 +132,9 @@ def test_training(name, images, network, precision):
     loop = first_steps(name, images, network, precision)
     assert loop.done == 4 and loop.means.sums.device == CUDA
     assert all(parameter.grad.device == CUDA for parameter in network.parameters())
+    momenta = [state["momentum_buffer"] for state in loop.optimizer.state.values()]
+    rates = [group["lr"] for group in loop.optimizer.param_groups]
+    assert {part.device for part in (*momenta, *rates)} == {CUDA} and len(momenta) == len(list(network.parameters()))
 
 
 @pytest.mark.parametrize("project", [False, True])

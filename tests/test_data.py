@@ -199,7 +199,7 @@ def test_cifar10_is_read_once(monkeypatch):
             read.append(train)
             self.data, self.targets = np.zeros((2, 32, 32, 3), np.uint8), [0, 1]
 
-    monkeypatch.setattr("data.published.CIFAR10", Part)
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", Part)
     dataset = load_dataset("cifar10", "anywhere")
     assert read == [True, False] and dataset.flip and dataset.num_classes == 10
 

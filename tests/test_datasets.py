@@ -158,7 +158,7 @@ def offline(patch):
 
     for place in ("cifar.download_and_extract_archive", "svhn.download_url"):
         patch.setattr(f"torchvision.datasets.{place}", fail)
-    patch.setattr(published, "download_and_extract_archive", fail)
+    patch.setattr("torchvision.datasets.utils.download_and_extract_archive", fail)
 
 
 # ---- published datasets
@@ -293,7 +293,7 @@ def test_archives_are_fetched_with_their_checksums(tmp_path, monkeypatch):
         if url.endswith("GT.zip"):
             write_gtsrb(tmp_path, monkeypatch)
 
-    monkeypatch.setattr(published, "download_and_extract_archive", fetch)
+    monkeypatch.setattr("torchvision.datasets.utils.download_and_extract_archive", fetch)
     assert len(load_dataset("gtsrb", tmp_path).train) == 43
     place = str(tmp_path / "gtsrb")
     assert fetched == [(f"GTSRB_Final_{part}.zip", place, 32) for part in ("Training_Images", "Test_Images", "Test_GT")]

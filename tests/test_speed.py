@@ -13,7 +13,7 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.utils.flop_counter import FlopCounterMode
 
-from attacks.clean_label import PGD_BATCH
+from attacks.clean_label import pgd_batch
 from attacks.input_aware import InputAwareAllToAll
 from benchmarks import loops, meter, same_place, speed, tables
 from benchmarks.loops import STEPS, Loops, Setup
@@ -245,7 +245,7 @@ def test_batches_are_those_of_the_scripts(flags):
     setup = make_setup(flags)
     evaluator = Evaluator(setup.dataset.test, None, setup.dataset.normalization, torch.float32)
     assert loops.step_3(setup).batch == evaluator.batch_size == EVALUATION_BATCH
-    assert loops.clean_label(setup).batch == PGD_BATCH
+    assert loops.clean_label(setup).batch == pgd_batch(setup.runtime.device)
     assert loops.step_1(setup).batch == loops.step_2(setup).batch == 16
     assert speed.BATCHES == {"cpu": 3, "cuda": 50}
     assert make_setup(["--dataset", "tiny", "--widen-factor", "0.0625"]).batches == 3

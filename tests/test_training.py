@@ -2,18 +2,22 @@
 
 import copy
 import io
+import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.functional as TF
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.plain import plain_train
 from data.augment import random_crop_flip
 from data.datasets import CIFAR10_NORMALIZATION, ImageSet
-from engine.training import SgdLoop, TrainConfig
+from engine.cuda_graph import record
+from engine.training import SgdLoop, TrainConfig, make_recordable
 from tests.mutations import MUTATIONS, ROOT
+from tests.replay import Replay
 from utils.seeding import seeded_generator
 
 BATCHES = 4  # of an epoch: 16, 16, 16 and 2 images
@@ -144,6 +148,86 @@ def test_resumes_exactly(images, interrupted_after):
     assert before + rows(resumed) == expected
     for name, value in through.network.state_dict().items():
         assert torch.equal(resumed.network.state_dict()[name], value), name
+
+
+# ---- as on CUDA: recorded, with the learning rate a tensor
+
+
+def recordable_loop(images, **changes):
+    loop = loop_of(images, **{"lr_schedule": "one-cycle", **changes})
+    make_recordable(loop.optimizer)
+    return loop
+
+
+@pytest.fixture
+def recording(monkeypatch):
+    """Record as on CUDA; the recordings made."""
+    made = []
+
+    def recorded(iterate, changed, batch):
+        before = [part.detach().clone() for part in changed]
+        made.append(record(iterate, changed, batch, Replay()))
+        assert all(map(torch.equal, changed, before)), "neither the warm-up nor the comparison leaves a trace"
+        return made[-1]
+
+    monkeypatch.setattr("engine.training.replayed", recorded)
+    return made
+
+
+def all_tensors(loop):
+    return [part for part in tree_leaves(loop.state_dict()) if torch.is_tensor(part)]
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_a_recorded_training_is_the_training(images, recording, monkeypatch, capsys, precision):
+    recorded, eager = (recordable_loop(images, precision=precision) for _ in range(2))
+    rows = [recorded.row() for _ in recorded.steps() if recorded.due()]
+    assert len(recording) == 1 and recording[0] != recorded._update and capsys.readouterr().out == ""
+    monkeypatch.undo()
+    assert rows == [eager.row() for _ in eager.steps() if eager.due()]
+    assert all(map(torch.equal, all_tensors(recorded), all_tensors(eager)))
+
+
+def test_only_full_batches_are_recorded(images, recording):
+    loop, sizes = recordable_loop(images), []
+    loop.network.register_forward_hook(lambda network, inputs, output: sizes.append(len(output)))
+    list(loop.steps())
+    assert sizes == [16] * 4 + [2] * 3  # three runs to warm up, the recording; then the replays call no hook
+
+
+def test_a_rate_that_is_a_tensor_and_momenta_that_are_zero_change_nothing_but_rounding(images):
+    ours, plain = recordable_loop(images), loop_of(images, lr_schedule="one-cycle")
+    for ours_done, plain_done in zip(ours.steps(), plain.steps(), strict=True):
+        assert ours_done == plain_done
+    for one, other in zip(all_tensors(ours), all_tensors(plain), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("interrupted_after", [0, 3, 6])
+@pytest.mark.parametrize("early", [False, True])
+def test_a_recorded_training_resumes_exactly(images, recording, interrupted_after, early):
+    """Whether or not the loop that is restored has made a recording of its own."""
+    through, broken, resumed = (recordable_loop(images, weights=weights) for weights in (0, 0, 1))
+    list(through.steps())
+    list(itertools.islice(broken.steps(), interrupted_after))
+    if early:
+        next(resumed.steps())
+    resumed.load_state_dict(copy.deepcopy(broken.state_dict()))
+    list(resumed.steps())
+    assert all(map(torch.equal, all_tensors(resumed), all_tensors(through)))
+
+
+def test_what_is_saved_holds_numbers_whatever_device_it_comes_from(images, recording):
+    """A state saved on CUDA goes on on a CPU, and the other way round, even one from before the first step."""
+    for make, other in ((recordable_loop, loop_of), (loop_of, recordable_loop)):
+        for steps in (0, 2):
+            saving, loading = make(images), other(images, weights=1, lr_schedule="one-cycle")
+            list(itertools.islice(saving.steps(), steps))
+            saved = saving.state_dict()
+            assert {type(group["lr"]) for group in saved["optimizer"]["param_groups"]} == {float}
+            loading.load_state_dict(copy.deepcopy(saved))
+            assert next(loading.steps()) == 16
+            assert isinstance(loading.optimizer.param_groups[0]["lr"], torch.Tensor) == (other is recordable_loop)
 
 
 def test_every_mutation_can_be_made():

@@ -10,13 +10,13 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import filelock
 import numpy as np
 import torch
-import torchvision
 from tqdm import tqdm
 
 from utils import VERSION
@@ -56,7 +56,7 @@ def versions() -> dict[str, str]:
         "project": VERSION,
         "python": sys.version.split()[0],
         "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
+        "torchvision": version("torchvision"),  # imported, it would take as long as PyTorch
         "numpy": np.__version__,
     }
 
