@@ -249,10 +249,10 @@ def test_without_a_trigger_file(folder, capsys):
 def test_a_network_without_a_card(folder, capsys):
     (folder / "last_model.json").unlink()
     args = ["--output-dir", str(folder), *source(folder), *MASKS, "--overwrite"]
-    assert "--widen-factor" in failure(capsys, optimize, [*args, "--dataset", "tiny"])
-    assert optimize.main([*args, *WIDTH, "--dataset", "tiny"]) == 0
+    assert "--widen-factor" in failure(capsys, optimize, [*args, "--dataset", "tiny", "--widen-factor", "0.25"])
+    assert optimize.main([*args, "--dataset", "tiny"]) == 0
     out = capsys.readouterr().out
-    assert "no card" in out and "std (0.25, 0.25, 0.25)" in out
+    assert "no card" in out and "std (0.25, 0.25, 0.25)" in out and "width 0.125 (recognised)" in out
     assert optimize.main([*args, *WIDTH, "--dataset", "tiny", "--std", "0.247", "0.243", "0.261"]) == 0
     assert "std (0.247, 0.243, 0.261)" in capsys.readouterr().out
 
@@ -356,7 +356,7 @@ def test_the_defender_holds_the_images_that_the_attacker_never_saw(checkpoint):
 
 def test_the_attacker_holds_all_other_images(tmp_path):
     args, *_ = train.parse_arguments(["--dataset", "tiny", "--output-dir", str(tmp_path)])
-    run = argparse.Namespace(folder=tmp_path, overwriting=False, track=None)
+    run = argparse.Namespace(folder=tmp_path, overwriting=False, track=None, rely_on=lambda facts: None)
     workspace = train.open_workspace(args, run, Runtime(torch.device("cpu"), torch.float32))
     assert torch.equal(workspace.held, draw_permutation(600)[60:])
     assert torch.equal(workspace.train.images, DATASETS["tiny"](None).train.images[workspace.held])
@@ -446,7 +446,7 @@ def test_the_operating_point_follows_the_defenders_accuracy_alone(
             defender=Metrics(1.0, 0.9 if count <= 240 else 0.1),
         )
 
-    evaluate.largest = 200
+    evaluate.largest = evaluate.batch_size = 200
     load = prune.load_subject
     monkeypatch.setattr(prune, "load_subject", lambda *given: (load(*given)[0], evaluate))
     assert prune.main([*checkpoint, "--val-frac", "0.1", "--mask-file", str(tmp_path / "masks.txt"), *choice]) == 0
