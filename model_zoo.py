@@ -27,9 +27,9 @@ from pathlib import Path
 import train_backdoor_cifar
 from data.datasets import FolderConfig, load_dataset
 from formats.cards import read_card
-from formats.zoo import INDEX, Entry, Zoo, ZooConfig, open_zoo
+from formats.zoo import INDEX, Entry, Zoo, ZooConfig, check_name, folder_of, open_zoo
 from formats.zoo_upkeep import add, export, reindex, training_flags, verify
-from utils.config import add_flags, from_flags, make_parser
+from utils.config import Range, add_flags, from_flags, make_parser, number
 from utils.console import announce, leave
 from utils.guard import guard
 
@@ -57,7 +57,9 @@ def build_parser() -> argparse.ArgumentParser:
         if name in ("fetch", "verify", "export"):
             command.add_argument("names", nargs="*", help="of networks (default: all)")
         if name == "verify":
-            command.add_argument("--images", type=int, metavar="N", help="test images to use (default: all)")
+            command.add_argument(
+                "--images", type=number(int, Range(1)), metavar="N", help="test images to use (default: all)"
+            )
         if name == "retrain":
             command.add_argument("--output-dir", required=True, metavar="DIR", help="folder of the run")
         add_flags(command, FolderConfig)
@@ -73,7 +75,8 @@ def show(zoo: Zoo) -> None:
         attack, metrics = (card.get("attack") or {}).get("poison_type", "-"), card.get("metrics", {})
         figures = (metrics.get(name, "-") for name in ("clean_accuracy", "attack_success_rate"))
         origin = f"{entry.figures}, {entry.licence}, {entry.source}"
-        announce(ROW.format(entry.name, attack, card.get("arch", "-"), card.get("widen_factor", "-"), *figures, origin))
+        columns = entry.name, attack, card.get("arch", "-"), card.get("widen_factor", "-"), *figures, origin
+        announce(ROW.format(*map(str, columns)))
     for folder in zoo.folders.values():
         announce(f"{folder.name}/FILE: {folder.about}; licence: {folder.licence}; fetch {folder.name} fetches it")
 
@@ -96,8 +99,9 @@ def work(args: argparse.Namespace, differing: list[str]) -> None:
     config = from_flags(ZooConfig, args)
     load = partial(load_dataset, root=args.data_dir)
     if args.action in ("add", "index"):
-        base = Path(config.zoo_index) if config.zoo_index else INDEX.parent
+        base = folder_of(config)
         if args.action == "add":
+            check_name(args.name)
             announce(f"{base / args.name}: {add(args.folder, base / args.name, load)}")
         entries = reindex(base, open_zoo(config) if (base / INDEX.name).exists() else None)
         announce(f"{base / INDEX.name}: {len(entries)} networks")

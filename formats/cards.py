@@ -71,6 +71,12 @@ def is_compact(card: dict[str, Any]) -> bool:
     return card.get("compact", False)
 
 
+def check_complete(path: str | Path, normalization: dict[str, Any]) -> None:
+    """Make sure that a card's normalisation has both parts; raises ``InputError`` where one has to come from a flag."""
+    if normalization.keys() != {"mean", "std"}:
+        raise InputError(f"{path}: the normalization of its card needs mean and std")
+
+
 def _is_number_in(within: Range) -> Callable[[Any], bool]:
     return lambda value: type(value) in (int, float) and value in within
 
@@ -86,6 +92,10 @@ def _is_normalization(value: Any) -> bool:
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
+
+
+def _is_metrics(value: Any) -> bool:
+    return isinstance(value, dict) and all(type(figure) in (int, float) for figure in value.values())
 
 
 def _is_split(value: Any) -> bool:
@@ -111,4 +121,7 @@ _ENTRIES: dict[str, Callable[[Any], bool]] = {
     "attack": lambda value: isinstance(value, (dict, NoneType)),
     "split": _is_split,
     "compact": lambda value: isinstance(value, bool),
+    "command": _is_text,
+    "metrics": _is_metrics,
+    "metrics_before_rounding": _is_metrics,
 }

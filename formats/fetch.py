@@ -54,7 +54,10 @@ def fetch(wanted: Wanted, cache: Path) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(cache / ".lock"):  # another run may be fetching the same file
         if os.path.lexists(wanted.target):
-            _check(wanted.target, wanted, str(wanted.target))
+            try:
+                _check(wanted.target, wanted, str(wanted.target))
+            except InputError as error:
+                raise InputError(f"{error}; remove it, and it is fetched again") from error
         else:
             _fetch_anew(wanted)
         if wanted.sha256 is None:
@@ -130,7 +133,7 @@ def _fetch_anew(wanted: Wanted, limit: int = INPUT_LIMIT) -> None:
     part, reasons = wanted.target.with_name(f".{wanted.target.name}.part"), []
     for source in wanted.sources:
         try:
-            _download(source, part, limit if wanted.size is None else wanted.size)
+            _download(source, part, min(limit, wanted.size or limit))
             _check(part, wanted, source)
             part.replace(wanted.target)
         except InputError as error:
@@ -202,7 +205,7 @@ def _from_drive(identity: str, part: Path, limit: int) -> None:
 def _from_hub(place: str, part: Path, limit: int) -> None:
     owner, _, rest = place.partition("/")
     repository, _, name = rest.partition("/")
-    if not name:
+    if not name or ".." in rest.split("/"):  # older versions of the library would leave the folder
         raise InputError(f"hf:{place}: expected hf:owner/repository/file")
     hub = _optional("huggingface_hub")
     with tempfile.TemporaryDirectory(dir=part.parent) as folder:

@@ -127,11 +127,12 @@ class Zoo:
             if found != known["sha256"]:
                 raise InputError(f"{there}: its sha256 is {found}, but the zoo's index says {known['sha256']}")
             return there
-        beside = (urljoin(self.base, known["file"]),) if _is_address(self.base) else ()
+        beside = _beside(self.base, known["file"]) if _is_address(self.base) else ()
         target = self.cache / ("zoo" if there else f"zoo-{_short_digest(self.base)}") / known["file"]
         path = fetch(Wanted(target, (*beside, *known["mirrors"]), known["sha256"], known["bytes"]), self.cache)
-        if part == "network":
-            card = {"card_version": CARD_VERSION, "sha256": known["sha256"], **entry.card}
+        if part in ("network", "trigger"):  # a trigger may be generators, which need to know what they were trained for
+            described = entry.card if part == "network" else {"trained_with": entry.card}
+            card = {"card_version": CARD_VERSION, "sha256": known["sha256"], **described}
             write_bytes(card_path(path), as_json(card))
         return path
 
@@ -158,6 +159,26 @@ class Zoo:
 
 def _is_address(place: str) -> bool:
     return bool(_ADDRESS.fullmatch(place))
+
+
+def _beside(base: str, file: str) -> tuple[str, ...]:
+    """Return the address of a file beside an index; none on Google Drive, whose addresses name no folder."""
+    if base.startswith("http"):
+        return (urljoin(base, file),)
+    return () if base.startswith("drive:") else (f"{base.rpartition('/')[0]}/{file}",)
+
+
+def check_name(name: str) -> None:
+    """Raise ``InputError`` where an index would not take this name of a network."""
+    if not _NAME.fullmatch(name):
+        raise InputError(f"{quote(name)}: a name has letters, digits, dots and dashes")
+
+
+def folder_of(config: ZooConfig) -> Path:
+    """Return the folder of an index that can be written; raises ``InputError`` where it lies at an address."""
+    if _is_address(place := config.zoo_index or str(INDEX)):
+        raise InputError(f"--zoo-index {place}: cannot be written; name a folder")
+    return Path(place).parent if Path(place).suffix == INDEX.suffix else Path(place)
 
 
 def _short_digest(text: str) -> str:

@@ -3,7 +3,8 @@
 import math
 import shlex
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import nn
 
 from data.datasets import Dataset, ImageSet, Normalization
 from engine.evaluation import Evaluator
-from formats.cards import is_compact, read_card, save_with_card
+from formats.cards import check_complete, is_compact, read_card, save_with_card
 from formats.checkpoints import load_strictly, read_state_dict
 from formats.network import build_network, settle_model
 from formats.trigger_file import load_trigger_for
@@ -25,8 +26,16 @@ FILES = {"network": "last_model.th", "trigger": "trigger_info.th", "masks": "mas
 GENERATORS = "generators.th"  # the trigger of input-aware attacks: trigger_info.th holds one for each test image
 NEEDED = {"arch", "widen_factor", "num_classes", "dataset", "normalization", "metrics"}  # of a card
 TOLERANCE = 0.05  # percentage points between a card and what is measured: a few images, by another processor
-FILE_FLAGS = ("--export-poisoned", "--poisoned-dir", "--model", "--split-file", "--zoo-index", "--cache-dir")
-Load = Callable[[str], Dataset]
+FILE_FLAGS = {
+    "--export-poisoned",
+    "--poisoned-dir",
+    "--clb-dir",
+    "--model",
+    "--split-file",
+    "--zoo-index",
+    "--cache-dir",
+}
+Load = Callable[..., Dataset]  # of name and image_size, as data.datasets.load_dataset
 
 
 def read_network(path: Path) -> tuple[nn.Module, dict[str, Any]]:
@@ -41,6 +50,7 @@ def read_network(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     if card is None or missing:
         what = f"its card has no {min(missing)}" if card else "no card beside it"
         raise InputError(f"{path}: {what}; step 1 writes one")
+    check_complete(path, card["normalization"])
     model = settle_model(str(path), card, {})
     return build_network(str(path), read_state_dict(path), model, card["num_classes"], is_compact(card)), card
 
@@ -50,6 +60,10 @@ def measure(network: nn.Module, card: dict[str, Any], trigger: Path | None, test
     loaded = load_trigger_for(trigger, test) if trigger else None
     normalization = Normalization(**{name: tuple(value) for name, value in card["normalization"].items()})
     return Evaluator(test, loaded, normalization, torch.float32)(network).rounded()
+
+
+def _test_set(card: dict[str, Any], load: Load) -> ImageSet:
+    return load(card["dataset"], image_size=card.get("image_size")).test
 
 
 def _halved(network: nn.Module) -> dict[str, torch.Tensor]:
@@ -78,14 +92,28 @@ def add(source: Path, target: Path, load: Load) -> dict[str, float]:
     load_strictly(network, state, source / FILES["network"])
     known = {name: value for name, value in card.items() if name not in ("card_version", "sha256")}
     before = known.pop("metrics")
-    target.mkdir(parents=True)
-    trigger = _copy_trigger(source, target)
-    if (source / FILES["masks"]).exists():
-        shutil.copyfile(source / FILES["masks"], target / FILES["masks"])
-    metrics = measure(network, card, trigger, load(card["dataset"]).test)
-    described = {**known, "weights": "float16", "metrics": metrics, "metrics_before_rounding": before}
-    save_with_card(target / FILES["network"], state, described)
+    with _whole_folder(target) as folder:
+        trigger = _copy_trigger(source, folder)
+        if (source / FILES["masks"]).exists():
+            shutil.copyfile(source / FILES["masks"], folder / FILES["masks"])
+        metrics = measure(network, card, trigger, _test_set(card, load))
+        described = {**known, "weights": "float16", "metrics": metrics, "metrics_before_rounding": before}
+        save_with_card(folder / FILES["network"], state, described)
     return metrics
+
+
+@contextmanager
+def _whole_folder(target: Path) -> Iterator[Path]:
+    """Lend a folder that appears under its name once all is in it, or never."""
+    target = target.absolute()
+    part = target.with_name(f".{target.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
+    part.mkdir(parents=True)
+    try:
+        yield part
+        part.replace(target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def _copy_trigger(source: Path, target: Path) -> Path | None:
@@ -159,11 +187,12 @@ def verify(zoo: Zoo, entry: Entry, load: Load, images: int | None) -> tuple[dict
     """
     network, card = read_network(zoo.file(entry, "network"))
     trigger = zoo.file(entry, "trigger") if "trigger" in entry.files else None
-    test = load(card["dataset"]).test
-    if images is not None and images < len(test):
+    test = _test_set(card, load)
+    partly = images is not None and images < len(test)
+    if partly:
         test = test[torch.arange(images)]
     found, said = measure(network, card, trigger, test), entry.card["metrics"]
-    allowed = {name: TOLERANCE + (_errors(value, images) if images else 0) for name, value in said.items()}
+    allowed = {name: TOLERANCE + (_errors(value, images) if partly else 0) for name, value in said.items()}
     same = found.keys() == said.keys() and all(abs(found[name] - said[name]) <= allowed[name] for name in found)
     return found, same
 
@@ -180,10 +209,14 @@ def training_flags(entry: Entry, config: ZooConfig) -> list[str]:
     Raises:
         InputError: its card names no command of step 1, or one that reads or writes more.
     """
-    words = shlex.split(entry.card.get("command", ""))
+    try:
+        words = shlex.split(entry.card.get("command", ""))
+    except ValueError:  # a quotation without an end
+        words = []
     if words[:2] != ["python", "train_backdoor_cifar.py"]:
         raise InputError(f"{entry.name}: its card names no command of train_backdoor_cifar.py")
-    flags, rest = [], iter(words[2:])
+    # argparse takes --flag=value too, so the two are told apart before anything is compared
+    flags, rest = [], iter([part for word in words[2:] for part in word.split("=", word.startswith("--"))])
     for word in rest:
         if word in FILE_FLAGS:
             raise InputError(f"{entry.name}: its card names {word}, and a card must not decide what is read or written")
@@ -206,11 +239,12 @@ def export(zoo: Zoo, entries: list[Entry], folder: Path) -> None:
     """
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder} is there already and not empty; choose another")
-    for entry in entries:
-        for part, known in entry.files.items():
-            path, target = zoo.file(entry, part), folder / known["file"]
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
+    with _whole_folder(folder) as whole:
+        for path, place in [
+            (zoo.file(each, part), known["file"]) for each in entries for part, known in each.files.items()
+        ]:
+            (whole / place).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, whole / place)
             if card_path(path).exists():
-                shutil.copyfile(card_path(path), card_path(target))
-    write_index(folder, entries)
+                shutil.copyfile(card_path(path), card_path(whole / place))
+        write_index(whole, entries)

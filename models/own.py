@@ -2,7 +2,9 @@
 
 import importlib.util
 import inspect
+import sys
 import traceback
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -30,7 +32,7 @@ def build_own(code: InputCode, num_classes: int) -> nn.Module:
     try:
         takes = "num_classes" in inspect.signature(function).parameters
         network = function(num_classes=num_classes) if takes else function()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         _fail(code, error)
     if not isinstance(network, nn.Module):
         raise InputError(f"--model {code}: returned {type(network).__name__}, expected a torch.nn.Module")
@@ -41,17 +43,20 @@ def _run(code: InputCode) -> ModuleType:
     """Return the file as a module."""
     specification = importlib.util.spec_from_file_location(f"own_{code.path.stem}", code.path)
     module = importlib.util.module_from_spec(specification)
+    sys.modules[specification.name] = module  # dataclasses look their module up there
     try:
         specification.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script would end the run without a word
         _fail(code, error)
     return module
 
 
-def _fail(code: InputCode, error: Exception) -> NoReturn:
+def _fail(code: InputCode, error: Exception | SystemExit) -> NoReturn:
     """Say in one line what the user's code did, and in which of its lines."""
     lines: list[Any] = [
-        frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(code.path)
+        frame.lineno
+        for frame in traceback.extract_tb(error.__traceback__)
+        if Path(frame.filename) == code.path.absolute()
     ]
     lines += [error.lineno] if isinstance(error, SyntaxError) else []
     where = f", line {lines[-1]}" if lines else ""

@@ -133,6 +133,13 @@ def test_a_server_that_misbehaves(address, tmp_path, monkeypatch, kind, message)
     assert left(tmp_path) == []
 
 
+def test_a_size_that_an_index_invents_is_no_limit(address, tmp_path, monkeypatch):
+    part = tmp_path / "part"
+    with pytest.raises(InputError, match="sends more bytes"):
+        fetching._fetch_anew(Wanted(part, (f"{address}/endless/file.th",), DIGEST, 10**18), limit=100)
+    assert left(tmp_path) == []
+
+
 def test_nobody_answers(tmp_path):
     with pytest.raises(InputError, match=r"cannot fetch file\.th: http://127\.0\.0\.1:9/"):
         fetch(wanted(tmp_path, "http://127.0.0.1:9/file.th"), tmp_path / "cache")
@@ -207,8 +214,9 @@ def test_drive_and_hub(tmp_path, monkeypatch):
         assert fetch(wanted(tmp_path / str(number), source), tmp_path / str(number) / "cache").read_bytes() == CONTENT
         assert left(tmp_path / str(number)) == ["file.th"]
     assert calls == [("1AbC", True), ("someone/networks", "folder/file.th")]
-    with pytest.raises(InputError, match="expected hf:owner/repository/file"):
-        fetch(wanted(tmp_path / "2", "hf:someone/networks"), tmp_path / "2" / "cache")
+    for place in ("someone/networks", "someone/networks/../../file.th"):
+        with pytest.raises(InputError, match="expected hf:owner/repository/file"):
+            fetch(wanted(tmp_path / "2", f"hf:{place}"), tmp_path / "2" / "cache")
 
 
 def test_a_library_that_is_not_installed(tmp_path, monkeypatch):

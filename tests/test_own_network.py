@@ -168,3 +168,25 @@ def test_weights_do_not_depend_on_what_was_drawn_before(code, tmp_path):
         assert train_backdoor_cifar.main([*flags(tmp_path / name, code), "--dataset", "tiny", "--epoch", "1"]) == 0
         digests.add(json.loads((tmp_path / name / "last_model.json").read_text())["sha256"])
     assert len(digests) == 1
+
+
+def test_a_file_with_a_dataclass(tmp_path):
+    text = "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom torch import nn\n"
+    text += "@dataclass\nclass Sizes:\n    width: int = 4\ndef build():\n    return nn.Linear(Sizes().width, 2)\n"
+    (tmp_path / "sizes.py").write_text(text)
+    assert build_own(InputCode(f"{tmp_path / 'sizes.py'}:build"), 2).in_features == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def build():\n    raise RuntimeError('no')\n", r"net\.py:build, line 2: RuntimeError: no"),
+        ("import sys\nsys.exit()\n", r"net\.py:build, line 2: SystemExit"),
+    ],
+)
+def test_the_line_that_failed_is_named_whatever_the_path(tmp_path, monkeypatch, text, message):
+    (tmp_path / "net.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    for path in ("net.py", "./net.py", str(tmp_path / "net.py")):
+        with pytest.raises(InputError, match=message):
+            build_own(InputCode(f"{path}:build"), 10)

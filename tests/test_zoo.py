@@ -16,13 +16,14 @@ import evaluate_cifar
 import model_zoo
 import optimize_mask_cifar
 import train_backdoor_cifar
+from data.datasets import load_dataset
 from data.triggers import triggered_test_set
 from formats.cards import read_card, save_with_card
 from formats.checkpoints import read_state_dict
 from formats.mask_file import check_source, read_masks
 from formats.trigger_file import load_trigger, load_trigger_for
-from formats.zoo import INDEX, ZooConfig, open_zoo
-from formats.zoo_upkeep import read_network
+from formats.zoo import INDEX, ZooConfig, _beside, open_zoo
+from formats.zoo_upkeep import FILE_FLAGS, add, read_network
 from utils.errors import InputError
 from utils.files import card_path, sha256_of
 
@@ -38,15 +39,27 @@ def zoo(trained, tmp_path):
 
 
 @pytest.fixture
-def address(zoo):
+def serve():
+    """Put a folder on a web server and return the address of its index."""
+    servers = []
+
+    def start(folder):
+        handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
+        handler.log_message = lambda *args: None
+        servers.append(ThreadingHTTPServer(("127.0.0.1", 0), handler))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_port}/index.json"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def address(zoo, serve):
     """The same zoo on a web server."""
-    handler = partial(SimpleHTTPRequestHandler, directory=str(zoo))
-    handler.log_message = lambda *args: None
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/index.json"
-    server.shutdown()
-    server.server_close()
+    return serve(zoo)
 
 
 def change(path, *keys, value):
@@ -219,6 +232,8 @@ FAULTS = {
     "folders": (("folders",), [], "it needs drive, about and licence"),
     "folder": (("folders",), {"a": {"drive": 1, "about": "", "licence": ""}}, "the folder 'a' is wrong"),
     "name": (("networks", "../mine"), {}, "a name has letters"),
+    "metrics": (("networks", "mine", "card", "metrics"), ["99"], "metrics is ['99']"),
+    "command": (("networks", "mine", "card", "command"), 5, "command is 5"),
 }
 
 
@@ -244,6 +259,10 @@ def test_training_again_from_a_card(zoo, tmp_path, capsys):
         ("rm -rf /", "names no command of train_backdoor_cifar.py"),
         ("python train_backdoor_cifar.py --model net.py:build", "a card must not decide"),
         ("python train_backdoor_cifar.py --export-poisoned somewhere", "a card must not decide"),
+        ("python train_backdoor_cifar.py --model=net.py:build", "a card must not decide"),
+        ("python train_backdoor_cifar.py --clb-surrogate=https://localhost/x.th", "no network 'localhost'"),
+        ("python train_backdoor_cifar.py 'unfinished", "names no command of train_backdoor_cifar.py"),
+        (["python"], "command is ['python']"),
     ],
 )
 def test_commands_of_a_card_that_are_not_carried_out(zoo, tmp_path, capsys, command, message):
@@ -251,6 +270,13 @@ def test_commands_of_a_card_that_are_not_carried_out(zoo, tmp_path, capsys, comm
     flags = ["mine", "--zoo-index", str(zoo), "--output-dir", str(tmp_path / "again")]
     assert model_zoo.main(["retrain", *flags]) == 1
     assert message in capsys.readouterr().err and not (tmp_path / "again").exists()
+
+
+def test_a_card_names_no_file_of_step_1():
+    for action in train_backdoor_cifar.build_parser()._actions:
+        reads = action.metavar and {"DIR", "FILE", "INDEX"} & set(action.metavar.replace(".", " ").split())
+        known = {"--output-dir", "--data-dir", "--clb-surrogate"} | FILE_FLAGS
+        assert not reads or set(action.option_strings) <= known, action.option_strings
 
 
 @pytest.fixture(scope="module")
@@ -390,3 +416,52 @@ def test_a_folder_that_cannot_be_fetched(folder, monkeypatch, capsys):
 def test_the_index_keeps_folders_of_others(folder, zoo):
     assert model_zoo.main(["index", "--zoo-index", str(zoo)]) == 0
     assert [*open_zoo(ZooConfig(zoo_index=str(zoo))).folders] == ["theirs"]
+
+
+@pytest.mark.parametrize(
+    ("base", "expected"),
+    [
+        ("https://host/zoo/index.json?v=2", ("https://host/zoo/net/file.th",)),
+        ("hf:owner/repository/index.json", ("hf:owner/repository/net/file.th",)),
+        ("drive:1AbC", ()),
+    ],
+)
+def test_files_beside_an_index(base, expected):
+    assert _beside(base, "net/file.th") == expected
+
+
+def test_nothing_is_left_of_a_network_that_cannot_be_added(trained, tmp_path, capsys, monkeypatch):
+    zoo = tmp_path / "zoo"
+    assert model_zoo.main(["add", str(trained), "my net", "--zoo-index", str(zoo)]) == 1
+    assert "a name has letters" in capsys.readouterr().err
+    assert model_zoo.main(["add", str(trained), "mine", "--zoo-index", "https://host/index.json"]) == 1
+    assert "name a folder" in capsys.readouterr().err
+    source = shutil.copytree(trained, tmp_path / "run")
+    (source / "trigger_info.th").write_bytes(b"no trigger")
+    assert model_zoo.main(["add", str(source), "mine", "--zoo-index", str(zoo)]) == 1
+    assert not list(zoo.iterdir())
+
+
+def test_pictures_are_measured_in_the_size_of_the_card(trained, tmp_path):
+    source, asked = shutil.copytree(trained, tmp_path / "run"), []
+    change(source / "last_model.json", "image_size", value=48)
+
+    def load(name, image_size):
+        asked.append((name, image_size))
+        return load_dataset(name, tmp_path)
+
+    add(source, tmp_path / "zoo/mine", load)
+    assert asked == [("tiny", 48)]
+
+
+def test_nothing_is_left_of_an_export_that_fails(zoo, tmp_path, capsys):
+    (zoo / "mine/mask_values.txt").write_bytes(b"replaced")
+    assert model_zoo.main(["export", str(tmp_path / "up"), "--zoo-index", str(zoo)]) == 1
+    assert not [path for path in tmp_path.iterdir() if "up" in path.name]
+
+
+def test_generators_of_a_zoo_on_a_server(input_aware, tmp_path, serve, capsys):
+    assert model_zoo.main(["add", str(input_aware), "aware", "--zoo-index", str(tmp_path / "zoo/index.json")]) == 0
+    flags = ["--zoo-index", serve(tmp_path / "zoo"), "--cache-dir", str(tmp_path / "cache")]
+    assert evaluate_cifar.main(["--checkpoint", "aware", "--trigger-info", "aware", *flags]) == 0
+    assert "ASR" in capsys.readouterr().out.splitlines()[-1]
