@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from utils.config import InputCode
 from utils.errors import InputError, shorten
@@ -36,6 +37,8 @@ def build_own(code: InputCode, num_classes: int) -> nn.Module:
         _fail(code, error)
     if not isinstance(network, nn.Module):
         raise InputError(f"--model {code}: returned {type(network).__name__}, expected a torch.nn.Module")
+    if any(isinstance(parameter, UninitializedParameter) for parameter in network.parameters()):
+        raise InputError(f"--model {code}: a lazy layer has no size yet; give it one, or run the network once")
     return network
 
 

@@ -36,6 +36,9 @@ def nine(num_classes):
 def gray(num_classes):
     return nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.Flatten())
 
+def lazy(num_classes):
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes))
+
 def broken(num_classes):
     raise RuntimeError("no luck\\nat all")
 
@@ -110,7 +113,8 @@ def test_a_function_without_arguments(code):
     ("function", "message"),
     [
         ("missing", "the file has no function missing"),
-        ("broken", "line 19: RuntimeError: no luck"),
+        ("lazy", "a lazy layer has no size yet"),
+        ("broken", "line 22: RuntimeError: no luck"),
         ("text", "returned str, expected a torch.nn.Module"),
         ("nine", r"makes \(2, 9\) of two images, expected logits \(2, 10\)"),
         ("gray", "fails on images of 32x32: RuntimeError"),
