@@ -81,28 +81,33 @@ def show(zoo: Zoo) -> None:
         announce(f"{folder.name}/FILE: {folder.about}; licence: {folder.licence}; fetch {folder.name} fetches it")
 
 
-def retrain(entry: Entry, args: argparse.Namespace) -> bool:
-    """Train a network again as its card says; return whether C-Acc and ASR are the same to half a point."""
+def in_words(metrics: dict[str, float]) -> str:
+    """Return the figures of a card as text."""
+    return ", ".join(f"{name.replace('_', ' ')} {value:.2f} %" for name, value in metrics.items())
+
+
+def retrain(entry: Entry, args: argparse.Namespace) -> int:
+    """Train a network again as its card says; return the status: 1 where C-Acc or ASR is another by half a point."""
     flags = training_flags(entry, from_flags(ZooConfig, args))
     flags += ["--output-dir", args.output_dir, "--data-dir", args.data_dir, "--resume"]
     announce(f"python train_backdoor_cifar.py {shlex.join(flags)}")
-    if train_backdoor_cifar.main(flags):
-        return False
+    if status := train_backdoor_cifar.main(flags):
+        return status
     found = (read_card(Path(args.output_dir, "last_model.th")) or {})["metrics"]
     said = entry.card.get("metrics_before_rounding", entry.card["metrics"])
-    announce(f"{entry.name}: {found}, its card says {said}")
-    return found.keys() == said.keys() and all(abs(found[name] - said[name]) <= 0.5 for name in found)
+    announce(f"{entry.name}: {in_words(found)}; its card says {in_words(said)}")
+    return int(found.keys() != said.keys() or any(abs(found[name] - said[name]) > 0.5 for name in found))
 
 
-def work(args: argparse.Namespace, differing: list[str]) -> None:
-    """Carry out the command; networks that are not as their cards say are added to ``differing``."""
+def work(args: argparse.Namespace, statuses: list[int]) -> None:
+    """Carry out the command; adds 1 to ``statuses`` for a network that is not as its card says."""
     config = from_flags(ZooConfig, args)
     load = partial(load_dataset, root=args.data_dir)
     if args.action in ("add", "index"):
         base = folder_of(config)
         if args.action == "add":
             check_name(args.name)
-            announce(f"{base / args.name}: {add(args.folder, base / args.name, load)}")
+            announce(f"{base / args.name}: {in_words(add(args.folder, base / args.name, load))}")
         entries = reindex(base, open_zoo(config) if (base / INDEX.name).exists() else None)
         announce(f"{base / INDEX.name}: {len(entries)} networks")
         return
@@ -114,16 +119,18 @@ def work(args: argparse.Namespace, differing: list[str]) -> None:
     elif args.action == "fetch":
         for folder in (zoo.folders[name] for name in names if name in zoo.folders):
             for path in zoo.fetch_folder(folder):
-                announce(f"--checkpoint {path.relative_to(zoo.cache)}: {path}")
+                announce(f"--checkpoint {folder.name}/{path.relative_to(zoo.place_of(folder))}: {path}")
         for entry in chosen:
             announce(f"{entry.name}: {', '.join(str(zoo.file(entry, part)) for part in entry.files)}")
     elif args.action == "verify":
         for entry in chosen:
             found, same = verify(zoo, entry, load, args.images)
-            announce(f"{entry.name}: {found}" + ("" if same else f", but the card says {entry.card['metrics']}"))
-            differing += [] if same else [entry.name]
+            verdict = "as its card says" if same else f"but the card says {in_words(entry.card['metrics'])}"
+            part = f" on {args.images} images, to sampling error" if args.images else ""
+            announce(f"{entry.name}: {in_words(found)}, {verdict}{part}")
+            statuses.append(int(not same))
     elif args.action == "retrain":
-        differing += [] if retrain(zoo.find(args.name), args) else [args.name]
+        statuses.append(retrain(zoo.find(args.name), args))
     else:
         export(zoo, chosen, args.folder)
         announce(f"{args.folder}: {len(chosen)} networks; use it with --zoo-index {args.folder}")
@@ -131,8 +138,8 @@ def work(args: argparse.Namespace, differing: list[str]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    args, differing = build_parser().parse_args(argv), []
-    return guard(partial(work, args, differing), "zoo") or int(bool(differing))
+    args, statuses = build_parser().parse_args(argv), []
+    return guard(partial(work, args, statuses), "zoo") or max(statuses, default=0)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ m, d and x are vectors over all n neurons of the network.
 """
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -274,8 +275,10 @@ def hold_frozen(noisy: nn.Module, precision: torch.dtype) -> None:
         noisy: a converted network, changed in place. Layers with masks stay as they are.
         precision: data type of convolutions and linear layers.
     """
+    shared = Counter(id(part) for layer in noisy.modules() for part in layer._parameters.values())
     for layer in noisy.modules():
-        if type(layer) in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear):  # a subclass may compute with its weights
+        is_plain = type(layer) in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)  # others may compute with their weights
+        if is_plain and all(part is None or shared[id(part)] == 1 for part in layer._parameters.values()):
             layer.to(precision)
 
 

@@ -79,7 +79,8 @@ def fetch_latest(source: str, target: Path, limit: int) -> Path:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        _fetch_anew(Wanted(target, (source,)), limit)
+        with filelock.FileLock(target.with_name(".lock")):
+            _fetch_anew(Wanted(target, (source,)), limit)
     except InputError as error:
         if not target.is_file():
             raise
@@ -106,7 +107,7 @@ def fetch_folder(identity: str, target: Path, cache: Path) -> list[Path]:
     gdown = _optional("gdown")
     with filelock.FileLock(cache / ".lock"):
         try:
-            gdown.download_folder(id=identity, output=str(target), resume=True)
+            gdown.download_folder(id=identity, output=str(target), resume=True, timeout=TIMEOUT)
         except Exception as error:  # as in _download
             if isinstance(error, OSError) and error.errno in FULL:
                 raise
@@ -186,8 +187,8 @@ def _download(source: str, part: Path, limit: int) -> None:
 
 def _from_web(source: str, part: Path, limit: int) -> None:
     bar = tqdm(total=1, desc="fetching", unit="B", unit_scale=True, leave=False, disable=None)  # pooch sets the total
-    downloader = pooch.downloaders.choose_downloader(source, progressbar=bar)
-    downloader.kwargs = {**downloader.kwargs, "timeout": TIMEOUT}
+    kind = pooch.DOIDownloader if source.startswith("doi:") else pooch.HTTPDownloader
+    downloader = kind(progressbar=bar, timeout=TIMEOUT)
     target = _Limited(part, limit)
     try:
         downloader(source, target, None)
@@ -198,7 +199,7 @@ def _from_web(source: str, part: Path, limit: int) -> None:
 
 def _from_drive(identity: str, part: Path, limit: int) -> None:
     gdown = _optional("gdown")
-    if gdown.download(id=identity, output=str(part), resume=True) is None:
+    if gdown.download(id=identity, output=str(part), resume=True, timeout=TIMEOUT) is None:
         raise InputError(f"drive:{identity}: Google Drive gave no file")
 
 

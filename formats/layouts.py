@@ -65,6 +65,12 @@ class Checkpoint:
         """Return what the toolkit's networks for a dataset expect; None where the layout does not say."""
         return NORMALIZATIONS.get(self.layout, {}).get(dataset)
 
+    @property
+    def num_classes(self) -> int | None:
+        """What the file itself says beside the weights; None where it says nothing."""
+        said = self.content.get("num_classes") if self.layout == "backdoorbench" else None
+        return said if type(said) is int else None
+
     def with_weights(self, state_dict: dict[str, Tensor]) -> Any:
         """Return the content with other weights, in the data types of the old ones; all else is the same.
 

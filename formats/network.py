@@ -135,7 +135,7 @@ def load_network(args: argparse.Namespace, data_dir: str, runtime: Runtime) -> L
     model = settle_model(path, card or {}, given, found)
     data = _settled(DataConfig, given_flags(args, DataConfig), path, card)
     dataset = load_dataset(data.dataset, data_dir, runtime.device, data.image_size)
-    _check_classes(path, card, found, dataset)
+    _check_classes(path, card, (found and found.num_classes, checkpoint.num_classes), dataset)
     if found and not fits(checkpoint.state_dict, model.arch, model.widen_factor, dataset.num_classes):
         raise InputError(
             f"{path}: holds {found}, not {model}; leave out --arch and --widen-factor, or look at its card"
@@ -332,9 +332,9 @@ def _check_effect(path: str, test: ImageSet, trigger: Trigger) -> None:
         announce(f"warning: {path}: this trigger leaves {unchanged} of {count} test images as they are")
 
 
-def _check_classes(path: str, card: dict[str, Any] | None, weights: Recognised | None, dataset: Dataset) -> None:
+def _check_classes(path: str, card: dict[str, Any] | None, said: tuple[int | None, ...], dataset: Dataset) -> None:
     known, found = card or {}, dataset.describe()
-    for classes in (known.get("num_classes"), weights and weights.num_classes):
+    for classes in (known.get("num_classes"), *said):
         if classes not in (None, dataset.num_classes):
             raise InputError(f"{path}: {classes} classes, but {dataset.name} has {dataset.num_classes}; see --dataset")
     if "classes" in found and known.get("classes", found["classes"]) != found["classes"]:

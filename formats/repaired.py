@@ -45,11 +45,11 @@ def save_repaired(
     """
     card = {**subject.card, "repair": repair, "metrics": report.rounded(), "command": run.command}
     card["versions"] = versions()
-    save_with_card(run.folder / "repaired_model.th", network.state_dict(), card)
     source = card["repaired_from"]
-    if source["layout"] != BARE:
+    if source["layout"] != BARE:  # first, as the file may be gone
         path = save_in_layout(source, run.arguments.checkpoint, run.folder, network.state_dict())
         announce(f"saved {path}: the repaired network in the layout in which it came")
+    save_with_card(run.folder / "repaired_model.th", network.state_dict(), card)
     return card
 
 

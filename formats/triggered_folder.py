@@ -43,6 +43,8 @@ def load_triggered_folder(folder: str | Path, test: ImageSet) -> TriggeredSet:
             picture is missing, damaged, of another size or outside the folder; no picture is left.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
     if os.path.lexists(folder / TABLE):
         source = folder / TABLE
         rows = _read_table(source, test.num_classes)

@@ -128,7 +128,7 @@ class Zoo:
                 raise InputError(f"{there}: its sha256 is {found}, but the zoo's index says {known['sha256']}")
             return there
         beside = _beside(self.base, known["file"]) if _is_address(self.base) else ()
-        target = self.cache / ("zoo" if there else f"zoo-{_short_digest(self.base)}") / known["file"]
+        target = self.cache / f"zoo-{_short_digest(self.base)}" / known["file"]
         path = fetch(Wanted(target, (*beside, *known["mirrors"]), known["sha256"], known["bytes"]), self.cache)
         if part in ("network", "trigger"):  # a trigger may be generators, which need to know what they were trained for
             described = entry.card if part == "network" else {"trained_with": entry.card}
@@ -138,7 +138,11 @@ class Zoo:
 
     def fetch_folder(self, folder: Folder) -> list[Path]:
         """Return the files of a folder, fetched if need be; raises as ``formats.fetch.fetch_folder``."""
-        return fetch_folder(folder.drive, self.cache / folder.name, self.cache)
+        return fetch_folder(folder.drive, self.place_of(folder), self.cache)
+
+    def place_of(self, folder: Folder) -> Path:
+        """Return where the files of a folder lie, or are to be put by hand; another index may use its name."""
+        return self.cache / f"drive-{folder.drive}"
 
     def file_of_folder(self, given: str) -> Path:
         """Return a file of a folder that was fetched, or put there by hand.
@@ -149,12 +153,14 @@ class Zoo:
         Raises:
             InputError: it is not there, or another one than the first time.
         """
-        path, folder = self.cache / given, self.cache / given.partition("/")[0]
-        if path.is_file() and folder.resolve() in path.resolve().parents:
+        name, _, file = given.partition("/")
+        place = self.place_of(self.folders[name])
+        path = place / file
+        if path.is_file() and place.resolve() in path.resolve().parents:
             return fetch(Wanted(path, ()), self.cache)
-        files = sorted(str(each.relative_to(self.cache)) for each in folder.rglob("*.th"))
-        there = f"there are {', '.join(files[:8])}" if files else f"python model_zoo.py fetch {folder.name} fetches it"
-        raise InputError(f"{given}: not in {folder}; {there}")
+        files = sorted(f"{name}/{each.relative_to(place)}" for each in place.rglob("*.th"))
+        there = f"there are {', '.join(files[:8])}" if files else f"python model_zoo.py fetch {name} fetches it"
+        raise InputError(f"{given}: not in {place}; {there}")
 
 
 def _is_address(place: str) -> bool:
@@ -216,7 +222,8 @@ def _read_folders(path: Path, content: Any) -> dict[str, Folder]:
     folders = {}
     for name, known in content.items() if isinstance(content, dict) else [("", None)]:
         is_right = isinstance(known, dict) and known.keys() == {"drive", "about", "licence"}
-        if not is_right or not _NAME.fullmatch(name) or not all(isinstance(value, str) for value in known.values()):
+        is_right = is_right and all(isinstance(value, str) for value in known.values())
+        if not is_right or not _NAME.fullmatch(name) or not re.fullmatch(r"[\w-]+", known["drive"], re.ASCII):
             raise InputError(f"{path}: the folder {quote(name)} is wrong: it needs drive, about and licence")
         folders[name] = Folder(name, **known)
     return folders

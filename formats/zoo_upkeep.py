@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from data.datasets import Dataset, ImageSet, Normalization
 from engine.evaluation import Evaluator
@@ -26,7 +26,7 @@ FILES = {"network": "last_model.th", "trigger": "trigger_info.th", "masks": "mas
 GENERATORS = "generators.th"  # the trigger of input-aware attacks: trigger_info.th holds one for each test image
 NEEDED = {"arch", "widen_factor", "num_classes", "dataset", "normalization", "metrics"}  # of a card
 TOLERANCE = 0.05  # percentage points between a card and what is measured: a few images, by another processor
-FILE_FLAGS = {
+UNFIT_FLAGS = {
     "--export-poisoned",
     "--poisoned-dir",
     "--clb-dir",
@@ -34,6 +34,9 @@ FILE_FLAGS = {
     "--split-file",
     "--zoo-index",
     "--cache-dir",
+    "--help",
+    "-h",
+    "--version",
 }
 Load = Callable[..., Dataset]  # of name and image_size, as data.datasets.load_dataset
 
@@ -66,8 +69,13 @@ def _test_set(card: dict[str, Any], load: Load) -> ImageSet:
     return load(card["dataset"], image_size=card.get("image_size")).test
 
 
-def _halved(network: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: t.half() if t.is_floating_point() else t for name, t in network.state_dict().items()}
+def _halved(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.half() if t.is_floating_point() else t for name, t in state_dict.items()}
+
+
+def _described(card: dict[str, Any]) -> dict[str, Any]:
+    """Return what a card says, whatever file it belongs to."""
+    return {name: value for name, value in card.items() if name not in ("card_version", "sha256")}
 
 
 def add(source: Path, target: Path, load: Load) -> dict[str, float]:
@@ -88,9 +96,9 @@ def add(source: Path, target: Path, load: Load) -> dict[str, float]:
     if target.exists():
         raise InputError(f"{target} is there already; remove it or choose another name")
     network, card = read_network(source / FILES["network"])
-    state = _halved(network)
+    state = _halved(network.state_dict())
     load_strictly(network, state, source / FILES["network"])
-    known = {name: value for name, value in card.items() if name not in ("card_version", "sha256")}
+    known = _described(card)
     before = known.pop("metrics")
     with _whole_folder(target) as folder:
         trigger = _copy_trigger(source, folder)
@@ -119,11 +127,9 @@ def _whole_folder(target: Path) -> Iterator[Path]:
 def _copy_trigger(source: Path, target: Path) -> Path | None:
     """Copy the trigger, or generators in half precision where it is drawn; return where it lies."""
     if (source / GENERATORS).exists():
-        state = {n: t.half() if t.is_floating_point() else t for n, t in read_state_dict(source / GENERATORS).items()}
+        state = _halved(read_state_dict(source / GENERATORS))
         card = read_card(source / GENERATORS) or {}
-        save_with_card(
-            target / GENERATORS, state, {n: v for n, v in card.items() if n not in ("card_version", "sha256")}
-        )
+        save_with_card(target / GENERATORS, state, _described(card))
         return target / GENERATORS
     if (source / FILES["trigger"]).exists():
         return Path(shutil.copyfile(source / FILES["trigger"], target / FILES["trigger"]))
@@ -164,7 +170,7 @@ def _entry(folder: Path, older: Entry | None) -> Entry:
         for part, path in names.items()
         if path.exists()
     }
-    known = {name: value for name, value in card.items() if name not in ("card_version", "sha256")}
+    known = _described(card)
     if older:
         return replace(older, files=files, card=known)
     return Entry(folder.name, files, known, "measured", "MIT", "trained by this project")
@@ -218,8 +224,10 @@ def training_flags(entry: Entry, config: ZooConfig) -> list[str]:
     # argparse takes --flag=value too, so the two are told apart before anything is compared
     flags, rest = [], iter([part for word in words[2:] for part in word.split("=", word.startswith("--"))])
     for word in rest:
-        if word in FILE_FLAGS:
-            raise InputError(f"{entry.name}: its card names {word}, and a card must not decide what is read or written")
+        if word in UNFIT_FLAGS:
+            raise InputError(
+                f"{entry.name}: its card names {word}: a card must not decide what is read, written or shown"
+            )
         if word in ("--output-dir", "--data-dir"):
             next(rest, None)
         elif word == "--clb-surrogate":

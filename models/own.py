@@ -61,7 +61,7 @@ def _fail(code: InputCode, error: Exception | SystemExit) -> NoReturn:
         for frame in traceback.extract_tb(error.__traceback__)
         if Path(frame.filename) == code.path.absolute()
     ]
-    lines += [error.lineno] if isinstance(error, SyntaxError) else []
+    lines += [error.lineno] if isinstance(error, SyntaxError) and error.lineno else []
     where = f", line {lines[-1]}" if lines else ""
     hint = "; its folder has to be on PYTHONPATH" if isinstance(error, ModuleNotFoundError) else ""
     message = shorten(str(error).partition("\n")[0])

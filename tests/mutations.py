@@ -1471,7 +1471,7 @@ MUTATIONS = [
         ),
         (
             "zoo: paths lead out of a folder",
-            "and folder.resolve() in path.resolve().parents",
+            "and place.resolve() in path.resolve().parents",
             "",
             "test_zoo.py -k put_by_hand",
         ),
@@ -1479,7 +1479,7 @@ MUTATIONS = [
     ),
     *_of(
         "formats/zoo_upkeep.py",
-        ("zoo: cards decide what is written", "if word in FILE_FLAGS:", "if False:", "test_zoo.py -k not_carried_out"),
+        ("zoo: cards decide what is written", "if word in UNFIT_FLAGS:", "if False:", "test_zoo.py -k not_carried_out"),
         ("zoo: any figure is right", "<= allowed[name] for", ">= 0 for", "test_zoo.py -k something_else"),
     ),
     *_of(

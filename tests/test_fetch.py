@@ -198,7 +198,7 @@ def test_a_full_disk_is_no_fault_of_the_source(address, tmp_path, monkeypatch):
 def test_drive_and_hub(tmp_path, monkeypatch):
     calls = []
 
-    def download(id, output, resume):
+    def download(id, output, resume, timeout):
         calls.append((id, resume))
         Path(output).write_bytes(CONTENT)
         return output
@@ -228,7 +228,7 @@ def test_a_library_that_is_not_installed(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "function", "arguments"),
     [
-        ("gdown", "download", {"id", "output", "resume"}),
+        ("gdown", "download", {"id", "output", "resume", "timeout"}),
         ("huggingface_hub", "hf_hub_download", {"repo_id", "filename", "local_dir"}),
     ],
 )
@@ -237,3 +237,15 @@ def test_the_libraries_take_these_arguments(name, function, arguments):
 
     library = pytest.importorskip(name)
     assert arguments <= inspect.signature(getattr(library, function)).parameters.keys()
+
+
+def test_a_doi_leads_to_an_address(address, tmp_path, monkeypatch):
+    import pooch.downloaders
+
+    def doi_to_repository(doi, **options):
+        assert doi == "10.5281/zenodo.1" and options["timeout"] == fetching.TIMEOUT
+        return types.SimpleNamespace(download_url=lambda name: f"{address}/good/{name}")
+
+    monkeypatch.setattr(pooch.downloaders, "doi_to_repository", doi_to_repository)
+    found = fetch(wanted(tmp_path, "doi:10.5281/zenodo.1/file.th"), tmp_path / "cache")
+    assert found.read_bytes() == CONTENT

@@ -325,3 +325,9 @@ def test_overwriting_knows_the_second_file():
 def test_readers_are_tried_in_order():
     assert [read(backdoorbench()) is not None for read in READERS] == [True, False, False, False, True]
     assert all(read({"a": 1}) is None for read in READERS)
+
+
+def test_a_file_that_contradicts_its_own_weights(tmp_path, capsys):
+    torch.save({**backdoorbench(model=filled("resnet18")), "num_classes": 100}, tmp_path / "attack_result.pt")
+    assert evaluate_cifar.main(["--checkpoint", str(tmp_path / "attack_result.pt"), "--dataset", "tiny"]) == 1
+    assert "100 classes, but tiny has 10" in capsys.readouterr().err

@@ -171,9 +171,11 @@ def test_tables_and_pictures_that_are_wrong(tmp_path, test_set, table, message):
 
 
 def test_a_folder_of_something_else(tmp_path, test_set):
-    for folder in (tmp_path, tmp_path / "none"):
-        with pytest.raises(InputError, match=r"expected labels\.csv in it .*, or attack_result\.pt beside it"):
-            load_triggered_folder(folder, test_set)
+    with pytest.raises(InputError, match=r"expected labels\.csv in it .*, or attack_result\.pt beside it"):
+        load_triggered_folder(tmp_path, test_set)
+    (tmp_path / "attack_result.pt").touch()
+    with pytest.raises(InputError, match="none: no such folder"):
+        load_triggered_folder(tmp_path / "none", test_set)
 
 
 # ---- through the scripts

@@ -23,7 +23,7 @@ from formats.checkpoints import read_state_dict
 from formats.mask_file import check_source, read_masks
 from formats.trigger_file import load_trigger, load_trigger_for
 from formats.zoo import INDEX, ZooConfig, _beside, open_zoo
-from formats.zoo_upkeep import FILE_FLAGS, add, read_network
+from formats.zoo_upkeep import UNFIT_FLAGS, add, read_network
 from utils.errors import InputError
 from utils.files import card_path, sha256_of
 
@@ -231,6 +231,7 @@ FAULTS = {
     "licence": (("networks", "mine", "licence"), None, "licence is None"),
     "folders": (("folders",), [], "it needs drive, about and licence"),
     "folder": (("folders",), {"a": {"drive": 1, "about": "", "licence": ""}}, "the folder 'a' is wrong"),
+    "drive": (("folders",), {"a": {"drive": "../x", "about": "", "licence": ""}}, "the folder 'a' is wrong"),
     "name": (("networks", "../mine"), {}, "a name has letters"),
     "metrics": (("networks", "mine", "card", "metrics"), ["99"], "metrics is ['99']"),
     "command": (("networks", "mine", "card", "command"), 5, "command is 5"),
@@ -259,6 +260,7 @@ def test_training_again_from_a_card(zoo, tmp_path, capsys):
         ("rm -rf /", "names no command of train_backdoor_cifar.py"),
         ("python train_backdoor_cifar.py --model net.py:build", "a card must not decide"),
         ("python train_backdoor_cifar.py --export-poisoned somewhere", "a card must not decide"),
+        ("python train_backdoor_cifar.py --help", "a card must not decide"),
         ("python train_backdoor_cifar.py --model=net.py:build", "a card must not decide"),
         ("python train_backdoor_cifar.py --clb-surrogate=https://localhost/x.th", "no network 'localhost'"),
         ("python train_backdoor_cifar.py 'unfinished", "names no command of train_backdoor_cifar.py"),
@@ -275,7 +277,7 @@ def test_commands_of_a_card_that_are_not_carried_out(zoo, tmp_path, capsys, comm
 def test_a_card_names_no_file_of_step_1():
     for action in train_backdoor_cifar.build_parser()._actions:
         reads = action.metavar and {"DIR", "FILE", "INDEX"} & set(action.metavar.replace(".", " ").split())
-        known = {"--output-dir", "--data-dir", "--clb-surrogate"} | FILE_FLAGS
+        known = {"--output-dir", "--data-dir", "--clb-surrogate"} | UNFIT_FLAGS
         assert not reads or set(action.option_strings) <= known, action.option_strings
 
 
@@ -368,7 +370,7 @@ def folder(zoo, tmp_path, monkeypatch):
     change(zoo / "index.json", "folders", value={"theirs": {"drive": "1AbC", "about": "two networks", "licence": "?"}})
     calls = []
 
-    def download_folder(id, output, resume):
+    def download_folder(id, output, resume, timeout):
         calls.append((id, resume))
         (Path(output) / "BadNets").mkdir(exist_ok=True)
         shutil.copyfile(zoo / "mine/last_model.th", Path(output) / "BadNets/net.th")
@@ -389,15 +391,15 @@ def test_a_folder_of_others_is_fetched_and_recorded(folder, tmp_path, capsys):
     assert evaluate_cifar.main(network) == 0
     assert evaluate_cifar.main([network[0], "theirs/BadNets/other.th", *network[2:]]) == 1
     assert "there are theirs/BadNets/net.th" in capsys.readouterr().err
-    (tmp_path / "cache/theirs/BadNets/net.th").write_bytes(b"replaced")
+    (tmp_path / "cache/drive-1AbC/BadNets/net.th").write_bytes(b"replaced")
     assert evaluate_cifar.main(network) == 1
     assert "when it was first seen" in capsys.readouterr().err
 
 
 def test_a_file_put_by_hand_into_the_folder_is_found(folder, zoo, tmp_path, capsys):
     flags, calls = folder
-    (tmp_path / "cache/theirs").mkdir(parents=True)
-    shutil.copyfile(zoo / "mine/last_model.th", tmp_path / "cache/theirs/net.th")
+    (tmp_path / "cache/drive-1AbC").mkdir(parents=True)
+    shutil.copyfile(zoo / "mine/last_model.th", tmp_path / "cache/drive-1AbC/net.th")
     network = ["--checkpoint", "theirs/net.th", "--dataset", "tiny", "--arch", "resnet18", "--widen-factor", "0.125"]
     assert evaluate_cifar.main([*network, *flags]) == 0 and not calls
     assert evaluate_cifar.main(["--checkpoint", "theirs/../../zoo/mine/last_model.th", *flags]) == 1

@@ -265,8 +265,10 @@ def _foreign(path: str | Path) -> str | None:
             return "it is a damaged zip archive"
         return None if any(name.endswith("data.pkl") for name in names) else "it is a zip archive of something else"
     signs = {
+        "it is empty": not start,
         "it is a Git LFS pointer, not the file: git lfs pull": start.startswith(b"version https://git-lfs"),
         "it is a web page, not the file; download it again": start.lstrip()[:5].lower() in (b"<!doc", b"<html"),
+        "it is a text file": bool(start) and start.isascii() and start.decode().replace("\n", "").isprintable(),
         "it is a safetensors file": start[8:9] == b"{" and b'"dtype"' in start,
     }
     return next((what for what, found in signs.items() if found), None)
