@@ -58,6 +58,7 @@ def _download(download: Callable[[], Any], title: str, root: Path, remedy: str) 
     Raises:
         InputError: it failed; the message says what to do instead.
     """
+    announce(f"{title} is not in {root.absolute()}: downloading it")
     try:
         return download()
     except (OSError, RuntimeError, HTTPException) as error:
@@ -68,7 +69,9 @@ def _download(download: Callable[[], Any], title: str, root: Path, remedy: str) 
         ) from error
 
 
-def _read_torchvision(kind: Callable[..., Any], root: Path, parts: list[dict[str, Any]], title: str, remedy: str):
+def _read_torchvision(
+    kind: Callable[..., Any], root: Path, parts: list[dict[str, Any]], title: str, remedy: str
+) -> list[Any]:
     """Return torchvision's training and test set, downloaded first where there is no intact copy."""
     try:
         return [kind(root, **part) for part in parts]
