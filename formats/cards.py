@@ -7,7 +7,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from data.datasets import MEANS, STDS
+from data.datasets import MEANS, STDS, Normalization
 from utils.config import Range
 from utils.errors import InputError, quote
 from utils.files import as_json, as_torch, card_path, read_json, sha256_of, write_together
@@ -71,10 +71,12 @@ def is_compact(card: dict[str, Any]) -> bool:
     return card.get("compact", False)
 
 
-def check_complete(path: str | Path, normalization: dict[str, Any]) -> None:
-    """Make sure that a card's normalisation has both parts; raises ``InputError`` where one has to come from a flag."""
-    if normalization.keys() != {"mean", "std"}:
+def normalization_of(path: str | Path, card: dict[str, Any]) -> Normalization:
+    """Return the normalisation that a card names; raises ``InputError`` where one of its parts is missing."""
+    known = card["normalization"]
+    if known.keys() != {"mean", "std"}:
         raise InputError(f"{path}: the normalization of its card needs mean and std")
+    return Normalization(tuple(known["mean"]), tuple(known["std"]))
 
 
 def _is_number_in(within: Range) -> Callable[[Any], bool]:

@@ -4,6 +4,8 @@ import errno
 import importlib
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -106,15 +108,9 @@ def fetch_folder(identity: str, target: Path, cache: Path) -> list[Path]:
     target.mkdir(parents=True, exist_ok=True)
     gdown = _optional("gdown")
     with filelock.FileLock(cache / ".lock"):
-        try:
+        advice = f"; put its files by hand into {target.absolute()}"
+        with _network_errors(f"cannot fetch the folder {identity} of Google Drive", advice):
             gdown.download_folder(id=identity, output=str(target), resume=True, timeout=TIMEOUT)
-        except Exception as error:  # as in _download
-            if isinstance(error, OSError) and error.errno in FULL:
-                raise
-            raise InputError(
-                f"cannot fetch the folder {identity} of Google Drive: {_one_line(error)}; put its files by hand into "
-                f"{target.absolute()}"
-            ) from error
         return [_seen(path, cache) for path in sorted(target.rglob("*")) if path.is_file()]
 
 
@@ -126,8 +122,23 @@ def _seen(path: Path, cache: Path) -> Path:
     return path
 
 
-def _one_line(error: Exception) -> str:
-    return shorten(" ".join(str(error).split()) or type(error).__name__)
+@contextmanager
+def _network_errors(what: str, advice: str = "") -> Iterator[None]:
+    """Turn whatever a library for the network raises into one line.
+
+    Raises:
+        InputError: the block failed.
+        OSError: it failed as the disk is full, or cannot be written.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # such libraries raise whatever they like
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise
+        reason = shorten(" ".join(str(error).split()) or type(error).__name__)
+        raise InputError(f"{what}: {reason}{advice}") from error
 
 
 def _fetch_anew(wanted: Wanted, limit: int = INPUT_LIMIT) -> None:
@@ -175,14 +186,8 @@ def _download(source: str, part: Path, limit: int) -> None:
     ways = {"http": _from_web, "https": _from_web, "doi": _from_web, "drive": _from_drive, "hf": _from_hub}
     if scheme not in ways:
         raise InputError(f"{source}: not an address of a known kind ({', '.join(ways)})")
-    try:
+    with _network_errors(source):
         ways[scheme](source if ways[scheme] is _from_web else rest, part, limit)
-    except InputError:
-        raise
-    except Exception as error:  # libraries for the network raise whatever they like
-        if isinstance(error, OSError) and error.errno in FULL:
-            raise
-        raise InputError(f"{source}: {_one_line(error)}") from error
 
 
 def _from_web(source: str, part: Path, limit: int) -> None:

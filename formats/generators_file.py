@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.datasets import ImageSet, Normalization
+from data.datasets import ImageSet
 from data.triggers import Trigger, next_class
 from engine.generated import drawn_trigger
-from formats.cards import check_complete, read_card, wrong_entry
+from formats.cards import normalization_of, read_card, wrong_entry
 from formats.checkpoints import load_strictly
 from models.generator import Generator
 from utils.errors import InputError, quote
@@ -39,8 +39,7 @@ def draw_from(path: str | Path, content: dict[str, Any], images: ImageSet) -> Tr
     known = (card or {}).get("trained_with")
     if not isinstance(known, dict) or wrong_entry(known) or not {"attack", "normalization"} <= known.keys():
         raise InputError(f"{path}: generators need the card that step 1 writes beside them; it names the target class")
-    check_complete(path, known["normalization"])
-    normalization = Normalization(**{name: tuple(value) for name, value in known["normalization"].items()})
+    normalization = normalization_of(path, known)
     nets = [_load(path, name, content).to(images.images.device) for name in PARTS]
     return drawn_trigger(*nets, images, _targets(path, known["attack"] or {}, images), normalization, torch.float32)
 

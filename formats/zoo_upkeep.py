@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from data.datasets import Dataset, ImageSet, Normalization
 from engine.evaluation import Evaluator
-from formats.cards import check_complete, is_compact, read_card, save_with_card
+from formats.cards import is_compact, normalization_of, read_card, save_with_card
 from formats.checkpoints import load_strictly, read_state_dict
 from formats.network import build_network, settle_model
 from formats.trigger_file import load_trigger_for
@@ -53,15 +53,13 @@ def read_network(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     if card is None or missing:
         what = f"its card has no {min(missing)}" if card else "no card beside it"
         raise InputError(f"{path}: {what}; step 1 writes one")
-    check_complete(path, card["normalization"])
     model = settle_model(str(path), card, {})
     return build_network(str(path), read_state_dict(path), model, card["num_classes"], is_compact(card)), card
 
 
-def measure(network: nn.Module, card: dict[str, Any], trigger: Path | None, test: ImageSet) -> dict[str, float]:
+def measure(network: nn.Module, normalization: Normalization, trigger: Path | None, test: ImageSet) -> dict[str, float]:
     """Return C-Acc and, with a trigger, ASR in percent, computed in float32; raises as ``load_trigger_for``."""
     loaded = load_trigger_for(trigger, test) if trigger else None
-    normalization = Normalization(**{name: tuple(value) for name, value in card["normalization"].items()})
     return Evaluator(test, loaded, normalization, torch.float32)(network).rounded()
 
 
@@ -96,6 +94,7 @@ def add(source: Path, target: Path, load: Load) -> dict[str, float]:
     if target.exists():
         raise InputError(f"{target} is there already; remove it or choose another name")
     network, card = read_network(source / FILES["network"])
+    normalization = normalization_of(source / FILES["network"], card)
     state = _halved(network.state_dict())
     load_strictly(network, state, source / FILES["network"])
     known = _described(card)
@@ -104,7 +103,7 @@ def add(source: Path, target: Path, load: Load) -> dict[str, float]:
         trigger = _copy_trigger(source, folder)
         if (source / FILES["masks"]).exists():
             shutil.copyfile(source / FILES["masks"], folder / FILES["masks"])
-        metrics = measure(network, card, trigger, _test_set(card, load))
+        metrics = measure(network, normalization, trigger, _test_set(card, load))
         described = {**known, "weights": "float16", "metrics": metrics, "metrics_before_rounding": before}
         save_with_card(folder / FILES["network"], state, described)
     return metrics
@@ -191,13 +190,15 @@ def verify(zoo: Zoo, entry: Entry, load: Load, images: int | None) -> tuple[dict
     Raises:
         InputError: a file cannot be had, or is another one.
     """
-    network, card = read_network(zoo.file(entry, "network"))
+    path = zoo.file(entry, "network")
+    network, card = read_network(path)
+    normalization = normalization_of(path, card)
     trigger = zoo.file(entry, "trigger") if "trigger" in entry.files else None
     test = _test_set(card, load)
     partly = images is not None and images < len(test)
     if partly:
         test = test[torch.arange(images)]
-    found, said = measure(network, card, trigger, test), entry.card["metrics"]
+    found, said = measure(network, normalization, trigger, test), entry.card["metrics"]
     allowed = {name: TOLERANCE + (_errors(value, images) if partly else 0) for name, value in said.items()}
     same = found.keys() == said.keys() and all(abs(found[name] - said[name]) <= allowed[name] for name in found)
     return found, same
