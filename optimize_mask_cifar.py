@@ -17,12 +17,11 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     prepare_process()
 
 import argparse
-from dataclasses import dataclass
 from functools import partial
 
 from defenses.anp import AnpConfig, MaskLoop
 from defenses.pruning import PAPER_THRESHOLD
-from engine.drive import drive
+from engine.drive import LogConfig, drive
 from engine.evaluation import is_ruined
 from engine.memory import check_step, masking_bytes
 from engine.runtime import RuntimeConfig, choose_runtime
@@ -31,17 +30,10 @@ from formats.outputs import OUTPUTS
 from formats.plots import plot_masks
 from formats.subject import Subject, add_subject_flags, load_subject, remember
 from formats.zoo import locate_inputs
-from utils.config import Config, Range, add_flags, add_output_flags, from_flags, make_parser, setting
+from utils.config import add_flags, add_output_flags, from_flags, make_parser
 from utils.console import announce, leave
 from utils.errors import InputError
 from utils.run import Run, command_line, run_script
-
-
-@dataclass(frozen=True)
-class LogConfig(Config):
-    """How often to look."""
-
-    print_every: int = setting(500, "updates between two rows of the table", Range(1))
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -7,13 +7,12 @@ from typing import Any
 from attacks import ATTACKS, Attack, PoisonedSet
 from engine.training import TrainConfig
 from utils.config import (
-    Config,
     add_alternative_flags,
-    flag_fields,
     from_flags,
     given_flags,
     not_empty,
     record_flags,
+    refuse_foreign_flags,
 )
 
 DEFAULT_ATTACK = "badnets"
@@ -48,7 +47,8 @@ def read_attack(args: argparse.Namespace) -> tuple[Attack, TrainConfig]:
     chosen, name = ATTACKS[args.poison_type], args.poison_type
     for kind in ("attack", "training"):
         configs = [attack if kind == "attack" else attack.train_config for attack in ATTACKS.values()]
-        _refuse_foreign(args, configs, chosen if kind == "attack" else chosen.train_config)
+        taken = chosen if kind == "attack" else chosen.train_config
+        refuse_foreign_flags(args, configs, taken, f"--poison-type {name}")
     attack, config = chosen.from_given(given_flags(args, chosen)), from_flags(chosen.train_config, args)
     if config.lr_schedule != "step":
         if args.schedule:
@@ -65,15 +65,6 @@ def read_attack(args: argparse.Namespace) -> tuple[Attack, TrainConfig]:
     for each in fields(attack):
         setattr(args, each.name, getattr(attack, each.name))
     return attack, config
-
-
-def _refuse_foreign(args: argparse.Namespace, configs: list[type[Config]], chosen: type[Config]) -> None:
-    """Raise ``ValueError`` where a flag was given that only other attacks take."""
-    all_flags = {dest for config in configs for dest in flag_fields(config)}
-    for dest in sorted(all_flags - flag_fields(chosen).keys()):
-        if getattr(args, dest) is not None:
-            flag = "--" + dest.replace("_", "-")
-            raise ValueError(f"{flag} has no effect with --poison-type {args.poison_type}; leave it out")
 
 
 def describe(attack: Attack, name: str, poisoned: PoisonedSet) -> dict[str, Any]:

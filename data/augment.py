@@ -10,6 +10,7 @@ from torch import Tensor
 from data.datasets import Normalization
 
 CROP_PADDING = 4
+Transform = Callable[[Tensor, torch.Generator], Tensor]  # augments a batch and makes the network's input of it
 
 
 def random_crop_flip(
@@ -84,7 +85,7 @@ def normalize(images: Tensor, normalization: Normalization) -> Tensor:
 
 def make_transform(
     normalization: Normalization, flip: bool, padding: int = CROP_PADDING, degrees: float = 0.0
-) -> Callable[[Tensor, torch.Generator], Tensor]:
+) -> Transform:
     """Return augmentation and normalisation in one: random crop, flip, rotation, then ``normalize``.
 
     Args:

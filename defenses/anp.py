@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.augment import make_transform
+from data.augment import Transform, make_transform
 from engine.cuda_graph import replayed
 from engine.drive import UNTRAINED_REMEDY, Means
 from engine.runtime import autocast
@@ -29,7 +29,6 @@ from models.noisy_layers import NoisyBatchNorm, NoisyLayer, convert_noisy, noisy
 from utils.config import Config, Range, checked, one_of, setting
 from utils.seeding import seeded_generator
 
-Transform = Callable[[Tensor, torch.Generator], Tensor]
 COLUMNS = {
     "iteration": "9d",
     "loss": "8.4f",

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from defenses.anp import AnpConfig, Transform, optimize_masks
+from data.augment import Transform
+from defenses.anp import AnpConfig, optimize_masks
 from defenses.pruning import LAST_THRESHOLD, THRESHOLD_STEP, Choice, ChoiceConfig, choose, threshold_points
 from engine.sweep import SweepLoop
 from models.neurons import Neuron, PruningPoint, mask_values, pruned_copy, sort_neurons

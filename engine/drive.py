@@ -1,16 +1,25 @@
 """The one loop that drives anything iterative: progress, rows that are due, snapshots, resume, signals."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from engine.evaluation import NotFinite, Report
+from utils.config import Config, Range, setting
 from utils.errors import InputError
 from utils.run import Run, read_as_state
 
 UNTRAINED_REMEDY = "look at --mean and --std, and at the checkpoint: nothing was trained here"
+
+
+@dataclass(frozen=True)
+class LogConfig(Config):
+    """How often to look."""
+
+    print_every: int = setting(500, "updates between two rows of the table", Range(1))
 
 
 class Loop(Protocol):

@@ -15,13 +15,18 @@ SWEEPS = {
     by: (REPAIRED, rf"pruning_by_{by}\.txt", rf"pruning_by_{by}_log\.jsonl", rf"pruning_by_{by}{PICTURES}")
     for by in ("threshold", "number")
 }
+DEFENDED = (REPAIRED, r"defend_log\.jsonl", rf"curve(\.jsonl|{PICTURES})")
 PRUNING = (*SWEEPS["threshold"], *SWEEPS["number"], r"pruning_by_(threshold|number)_resume\.th")
 
 OUTPUTS = {
     "train": Outputs(
-        ("last_model.th",), (r"last_model\.th", r"model_\d+\.th"), TRAIN, (*MASKS, *PRUNING, r"optimize_resume\.th")
+        ("last_model.th",),
+        (r"last_model\.th", r"model_\d+\.th"),
+        TRAIN,
+        (*MASKS, *PRUNING, *DEFENDED, r"(optimize|defend)_resume\.th"),
     ),
     "optimize": Outputs(("mask_values.txt",), (r"mask_values\.txt",), MASKS, PRUNING),
+    "defend": Outputs(("repaired_model.th",), (r"(repaired|compact)_model\.th",), DEFENDED),
     **{
         f"pruning_by_{by}": Outputs(
             ("repaired_model.th", f"pruning_by_{by}.txt"),

@@ -252,3 +252,23 @@ def plot_sweep(path: Path, rows: list[dict], by: str, chosen: dict) -> "Figure":
         by_share.set(xlabel="neurons pruned (%)")
         figure.legend(*by_share.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
+
+
+def plot_curve(path: Path, rows: list[dict], chosen: float) -> "Figure":
+    """Draw C-Acc and ASR along a curve of networks.
+
+    Args:
+        path: the PNG file; the PDF file lies beside it.
+        rows: of the curve; ``t`` in 0..1, accuracies in percent.
+        chosen: the operating point; a line is drawn there.
+
+    Returns:
+        The figure as it was written.
+    """
+    with _drawn(path, 6, 4.2) as figure:
+        axes = figure.subplots()
+        _draw_lines(axes, [row["t"] for row in rows], rows)
+        axes.axvline(chosen, color="0.6", linewidth=1, zorder=2, label=f"chosen: t = {chosen:g}")
+        axes.set(xlabel="place on the curve, t", ylabel="accuracy, ASR (%)", ylim=(-3, 103))
+        figure.legend(loc="outside lower center", ncols=2)
+    return figure

@@ -36,13 +36,16 @@ def save_repaired(
         run: of the repair, in whose folder ``repaired_model.th`` goes.
         subject: whence the network came.
         network: the repaired one.
-        repair: what was done to it.
+        repair: what was done to it; the time of the run and an earlier repair are added.
         report: what it measured.
 
     Raises:
         InputError: the file that the network came from is gone or was changed, and so its layout is.
         OSError: the folder cannot be written or the disk is full.
     """
+    repair = {**repair, "seconds": round(run.seconds, 1)}
+    if earlier := subject.card.get("repair"):
+        repair["after"] = earlier
     card = {**subject.card, "repair": repair, "metrics": report.rounded(), "command": run.command}
     card["versions"] = versions()
     source = card["repaired_from"]

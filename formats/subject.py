@@ -146,6 +146,7 @@ def load_subject(
         "normalization": asdict(loaded.normalization),
         "split": {"file": split_file, "sha256": permutation_digest(permutation)} if known_split else {},
         "attack": card.get("attack"),
+        "repair": card.get("repair"),
         "repaired_from": {
             "file": Path(loaded.path).name,
             "sha256": sha256_of(loaded.path),

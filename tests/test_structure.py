@@ -15,7 +15,14 @@ ORDER = [
 ]  # each may import what follows
 SCRIPTS = [
     ROOT / f"{name}.py"
-    for name in ("train_backdoor_cifar", "optimize_mask_cifar", "prune_neuron_cifar", "evaluate_cifar", "model_zoo")
+    for name in (
+        "train_backdoor_cifar",
+        "optimize_mask_cifar",
+        "prune_neuron_cifar",
+        "evaluate_cifar",
+        "model_zoo",
+        "defend_cifar",
+    )
 ]
 FILES = [path for rank in ORDER for package in rank for path in sorted((ROOT / package).rglob("*.py"))]
 

@@ -315,6 +315,26 @@ def from_flags(config: type[C], args: argparse.Namespace, **others: Any) -> C:
     return config(**{**given_flags(args, config), **others})
 
 
+def refuse_foreign_flags(
+    args: argparse.Namespace, configs: Iterable[type[Config]], chosen: type[Config], choice: str
+) -> None:
+    """Make sure that no flag was given that only configs take which were not chosen.
+
+    Args:
+        args: a parsed command line with the flags of ``add_alternative_flags``.
+        configs: that it could choose from.
+        chosen: that it chose.
+        choice: the flag that chose, for the message.
+
+    Raises:
+        ValueError: one was.
+    """
+    all_flags = {dest for config in configs for dest in flag_fields(config)}
+    for dest in sorted(all_flags - flag_fields(chosen).keys()):
+        if getattr(args, dest) is not None:
+            raise ValueError(f"--{dest.replace('_', '-')} has no effect with {choice}; leave it out")
+
+
 def record_flags(config: Config, args: argparse.Namespace) -> None:
     """Write a config's values back into the command line, so that a run records what it was done with."""
     for dest, each in flag_fields(type(config)).items():

@@ -1,0 +1,160 @@
+"""NAD: Li, Lyu, Koren, Lyu, Li & Ma, *Neural Attention Distillation: Erasing Backdoor Triggers from Deep Neural
+Networks*, ICLR 2021.
+
+A fine-tuned copy of the network teaches the network itself where to look. In each of the last three stages the maps of
+attention, A = sum over channels of |features|^2, divided by their L2 norm, are to be alike. The weights beta are those
+of the authors' release, which takes the mean of the squared differences where the paper writes their sum.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from defenses.defense import CleanImages
+from defenses.tuning import TuningConfig, TuningLoop
+from engine.runtime import autocast
+from utils.config import Range, setting
+from utils.errors import InputError
+
+STAGES = 3
+SMALLEST = 1e-6  # norm by which a map is divided
+
+
+def attention(features: Tensor) -> Tensor:
+    """Return the normalised map of attention: float (B, C, H, W) -> float32 (B, H * W) of L2 norm 1."""
+    return F.normalize(features.float().square().sum(1).flatten(1), eps=SMALLEST)
+
+
+@contextmanager
+def watched(network: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]]:
+    """Lend a dict that holds what the modules of these names returned last, while the block runs the network."""
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        return lambda module, inputs, output: outputs.update({name: output})
+
+    hooks = [network.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def stages(network: nn.Module, images: Tensor) -> list[str]:
+    """Return the modules whose outputs end the last three stages.
+
+    A stage is what works at one height and width; the last module to return feature maps of that size ends it. Maps of
+    one pixel, as after global pooling, are no stage: their normalised attention is constant.
+
+    Args:
+        network: in eval mode.
+        images: the network's input, float (B, ...).
+
+    Raises:
+        InputError: nothing in the network returns feature maps.
+    """
+    last: dict[tuple[int, int], str] = {}
+
+    def note(name: str) -> Any:
+        def hook(module: nn.Module, inputs: tuple, output: Any) -> None:
+            if isinstance(output, Tensor) and output.dim() == 4 and output[0, 0].numel() > 1:
+                last.pop(size := tuple(output.shape[2:]), None)
+                last[size] = name  # (H, W), in the order in which stages end
+
+        return hook
+
+    hooks = [module.register_forward_hook(note(name)) for name, module in network.named_modules() if name]
+    try:
+        network(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not last:
+        raise InputError("NAD needs feature maps (B, C, H, W) of more than one pixel; this network has none")
+    return list(last.values())[-STAGES:]
+
+
+class AttentionDistillationLoop(TuningLoop):
+    """First the fine-tuning of the teacher, then that of the student, ``network``."""
+
+    def __init__(self, network: nn.Module, clean: CleanImages, config: "AttentionDistillation"):
+        self.teacher_loop = TuningLoop(network, clean, config.of_teacher())
+        super().__init__(network, clean, config)
+        self.stages = stages(self.network.eval(), next(clean.batches())[0][:2])
+        self.total = config.teacher_iterations + config.iterations
+
+    @property
+    def tuned(self) -> int:
+        """See ``TuningLoop``."""
+        return max(self.done - self.config.teacher_iterations, 0)
+
+    def due(self) -> bool:
+        """See ``TuningLoop``; the teacher has no rows."""
+        return self.done in (0, self.total) or (self.done > self.config.teacher_iterations and super().due())
+
+    def steps(self) -> Iterator[int]:
+        """See ``engine.drive.Loop``."""
+        for _ in self.teacher_loop.steps():
+            self.done += 1
+            yield self.done
+        self.teacher_loop.network.requires_grad_(False).eval()
+        yield from self.tuning_steps()
+
+    def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """See ``TuningLoop``: cross entropy, and beta times the mean squared distance of the maps of each stage."""
+        with watched(self.teacher_loop.network, self.stages) as taught, autocast(self.device, self.config.precision):
+            self.teacher_loop.network(images)
+        with watched(self.network, self.stages) as learnt:
+            logits = self.forward(images)
+        loss = F.cross_entropy(logits, labels)
+        for name, beta in zip(self.stages, self.config.beta[-len(self.stages) :], strict=True):
+            loss = loss + beta * F.mse_loss(attention(learnt[name]), attention(taught[name]))
+        return loss, logits
+
+    def found(self) -> dict[str, Any]:
+        """See ``RepairLoop``."""
+        return {"stages": self.stages}
+
+    def state_dict(self) -> dict[str, Any]:
+        """See ``engine.drive.Loop``."""
+        return {**super().state_dict(), "teacher": self.teacher_loop.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See ``engine.drive.Loop``."""
+        super().load_state_dict(state)
+        self.teacher_loop.load_state_dict(state["teacher"])
+
+
+@dataclass(frozen=True)
+class AttentionDistillation(TuningConfig):
+    """Neural attention distillation; 40 updates of the teacher are 10 epochs of 500 images."""
+
+    title: ClassVar[str] = "NAD"
+    loop: ClassVar[type[TuningLoop]] = AttentionDistillationLoop
+    teacher_iterations: int = setting(
+        40, "updates of the teacher, the network fine-tuned", Range(1, 1e9), "--nad-teacher-iter"
+    )
+    beta: tuple[float, ...] = setting(
+        (500.0, 1000.0, 1000.0),
+        "weight of the mean squared distance of two maps of attention, in each of the last three stages",
+        Range(0),
+        "--nad-beta",
+        "X",
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if len(self.beta) != STAGES:
+            raise ValueError(f"--nad-beta: {len(self.beta)} values, expected one for each of {STAGES} stages")
+
+    def of_teacher(self) -> TuningConfig:
+        """Return the settings of the teacher's fine-tuning."""
+        shared = {each.name: getattr(self, each.name) for each in fields(TuningConfig)}
+        return TuningConfig(**{**shared, "iterations": self.teacher_iterations})
