@@ -43,7 +43,7 @@ class ModeConnectivityLoop(TuningLoop):
         self.end_loop = TuningLoop(network, clean, config.of_end())
         super().__init__(network, clean, config)
         self.optimizer = make_optimizer(self.network, replace(config, weight_decay=0.0))  # that of w(t) comes in update
-        self.start = [parameter.detach().clone() for parameter in self.network.parameters()]
+        self.start = [parameter.detach().clone() for parameter in self.parameters]
         self.point = copy.deepcopy(self.network)  # the network w(t) of an update
         self.total = config.end_iterations + config.iterations
 
@@ -68,7 +68,7 @@ class ModeConnectivityLoop(TuningLoop):
 
     @torch.no_grad()
     def _start_middle(self) -> None:
-        for middle, start, end in zip(self.network.parameters(), self.start, self.end.parameters(), strict=True):
+        for middle, start, end in zip(self.parameters, self.start, self.end.parameters(), strict=True):
             middle.copy_((start + end) / 2)
 
     def due(self) -> bool:
@@ -83,7 +83,7 @@ class ModeConnectivityLoop(TuningLoop):
     def _place(self, network: nn.Module, t: float | Tensor) -> None:
         """Give a network the weights w(t)."""
         a, b, c = bezier(t)
-        ends = self.start, self.network.parameters(), self.end.parameters()
+        ends = self.start, self.parameters, self.end.parameters()
         for parameter, start, middle, end in zip(network.parameters(), *ends, strict=True):
             parameter.copy_(a * start + b * middle + c * end)
 
@@ -91,15 +91,15 @@ class ModeConnectivityLoop(TuningLoop):
         """See ``TuningLoop``; cross entropy and weight decay are those of w(t)."""
         images, labels, t = batch
         self._place(self.point, t)
-        self.point.train().zero_grad()
+        self.point.train()
         with autocast(self.device, self.config.precision):
             logits = self.point(images).float()
         loss = F.cross_entropy(logits, labels)
-        loss.backward()
+        weights = list(self.point.parameters())
+        gradients = torch.autograd.grad(loss, weights, materialize_grads=True)
         _, share, _ = bezier(t)  # dw(t)/dw_1
-        for middle, point in zip(self.network.parameters(), self.point.parameters(), strict=True):
-            middle.grad = share * (point.grad + self.config.weight_decay * point.detach())
-        self.descend()
+        decay = self.config.weight_decay
+        self.descend(share * (g + decay * weight.detach()) for g, weight in zip(gradients, weights, strict=True))
         return loss.detach(), (logits.argmax(1) == labels).float().mean()
 
     def changed(self) -> list[Tensor]:

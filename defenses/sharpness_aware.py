@@ -30,9 +30,9 @@ class SharpnessAwareLoop(TuningLoop):
     def update(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """See ``TuningLoop``; statistics of BatchNorms follow the first pass alone."""
         images, labels = batch
-        parameters = list(self.network.parameters())
+        parameters = self.parameters
         loss, logits = self.loss(images, labels)
-        gradients = torch.autograd.grad(loss, parameters)
+        gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
         weights = [parameter.detach().clone() for parameter in parameters]
         statistics = [buffer.clone() for buffer in self.network.buffers()]
         with torch.no_grad():
@@ -40,13 +40,13 @@ class SharpnessAwareLoop(TuningLoop):
             norm = torch.stack([part.square().sum() for part in scaled]).sum().sqrt().clamp_min(1e-12)
             for parameter, weight, part in zip(parameters, weights, scaled, strict=True):
                 parameter.add_(self.config.rho * weight.abs() * part / norm)  # T^2 g = T (T g)
-        self.optimizer.zero_grad()
-        self.loss(images, labels)[0].backward()
+        perturbed, _ = self.loss(images, labels)
+        gradients = torch.autograd.grad(perturbed, parameters, materialize_grads=True)
         with torch.no_grad():
             for kept, now in ((weights, parameters), (statistics, self.network.buffers())):
                 for value, tensor in zip(kept, now, strict=True):
                     tensor.copy_(value)
-        self.descend()
+        self.descend(gradients)
         return loss.detach(), (logits.argmax(1) == labels).float().mean()
 
 

@@ -1,6 +1,6 @@
 """SGD on batches of the defender's clean images, the base of every defence that trains."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,7 +73,7 @@ class TuningLoop(RepairLoop):
 
     def __init__(self, network: nn.Module, clean: CleanImages, config: TuningConfig):
         super().__init__(network, clean, config)
-        self.device = clean.images.device
+        self.device, self.parameters = clean.images.device, list(self.network.parameters())
         self.optimizer = make_optimizer(self.network, config)
         self.means = Means(2, self.device)  # loss and accuracy
         self.total = config.iterations
@@ -107,13 +107,13 @@ class TuningLoop(RepairLoop):
     def update(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Make one update, without a host sync; return loss and accuracy of the batch, 0-dimensional."""
         loss, logits = self.loss(*batch)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.descend()
+        self.descend(torch.autograd.grad(loss, self.parameters, materialize_grads=True))
         return loss.detach(), (logits.argmax(1) == batch[1]).float().mean()
 
-    def descend(self) -> None:
-        """Make a step of the SGD from the gradients that are there, in which pruned neurons have no part."""
+    def descend(self, gradients: Iterable[Tensor]) -> None:
+        """Make a step of the SGD from a gradient for each parameter; pruned neurons have no part in it."""
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
         for parameter, kept in self._pruned:
             parameter.grad.mul_(kept)
         self.optimizer.step()
@@ -121,7 +121,7 @@ class TuningLoop(RepairLoop):
     def changed(self) -> list[Tensor]:
         """Return all tensors that an update changes: parameters, statistics of BatchNorms, momenta."""
         momenta = [value for state in self.optimizer.state.values() for value in state.values()]
-        return [*self.network.parameters(), *self.network.buffers(), *momenta]
+        return [*self.parameters, *self.network.buffers(), *momenta]
 
     def steps(self) -> Iterator[int]:
         """See ``engine.drive.Loop``."""
