@@ -37,6 +37,127 @@ def _of(file: str, *mutations: tuple[str, str, str, str]) -> list[Mutation]:
 
 MUTATIONS = [
     *_of(
+        "defenses/tuning.py",
+        (
+            "FT: gradients of pruned neurons",
+            "parameter.grad.mul_(kept)",
+            "parameter.grad.mul_(1)",
+            "test_defenses.py -k stay_pruned",
+        ),
+        ("FT: the rate never drops", "DROP if iteration >=", "1 if iteration >=", "test_defenses.py -k rate_drops"),
+        (
+            "FT: BatchNorm in eval mode",
+            "self.network.train()",
+            "self.network.eval()",
+            "test_defenses.py -k its_rate_drops",
+        ),
+    ),
+    *_of(
+        "defenses/fine_pruning.py",
+        (
+            "FP: the over-pruned network is kept",
+            "part[channel] = value",
+            "part[channel] = 0",
+            "test_defenses.py -k last_good",
+        ),
+        ("FP: goes on after the tolerance", "if self.done == self.pruned and", "if", "test_defenses.py -k last_good"),
+        ("FP: most active first", "activations.argsort(", "(-activations).argsort(", "test_defenses.py -k last_good"),
+        (
+            "FP: activations before ReLU",
+            "output.relu().double()",
+            "output.double()",
+            "test_defenses.py -k last_convolution",
+        ),
+    ),
+    *_of(
+        "defenses/mode_connectivity.py",
+        (
+            "MCR: ends swapped",
+            "(1 - t) ** 2, 2 * t * (1 - t), t**2",
+            "t**2, 2 * t * (1 - t), (1 - t) ** 2",
+            "test_defenses.py -k from_one_network",
+        ),
+        (
+            "MCR: statistics not measured anew",
+            "measure_statistics(network, run)",
+            "network.eval()",
+            "test_defenses.py -k statistics",
+        ),
+        (
+            "MCR: full gradient for the middle",
+            "self.descend(share * (",
+            "self.descend((",
+            "test_defenses.py -k share_of_the_gradient",
+        ),
+        ("MCR: the middle begins at one end", "(start + end) / 2", "start", "test_defenses.py -k from_one_network"),
+    ),
+    *_of(
+        "models/statistics.py",
+        (
+            "MCR: statistics with momentum",
+            "norm.momentum = None",
+            "norm.momentum = 0.1",
+            "test_defenses.py -k statistics",
+        ),
+        ("MCR: statistics not reset", "        norm.reset_running_stats()\n", "", "test_defenses.py -k statistics"),
+    ),
+    *_of(
+        "defenses/attention_distillation.py",
+        (
+            "NAD: maps not normalised",
+            "F.normalize(features.float().square().sum(1).flatten(1), eps=SMALLEST)",
+            "features.float().square().sum(1).flatten(1)",
+            "test_defenses.py -k unit_norm",
+        ),
+        (
+            "NAD: pooled maps are a stage",
+            "output[0, 0].numel() > 1",
+            "output[0, 0].numel() > 0",
+            "test_defenses.py -k stages_end",
+        ),
+    ),
+    *_of(
+        "defenses/channel_lipschitz.py",
+        ("CLP: scale left out", "ord=2) * scale", "ord=2)", "test_defenses.py -k singular"),
+        ("CLP: variance for deviation", "+ norm.eps).sqrt()", "+ norm.eps)", "test_defenses.py -k singular"),
+        (
+            "CLP: least sensitive channels",
+            "bounds > bounds.mean()",
+            "bounds < bounds.mean()",
+            "test_defenses.py -k planted",
+        ),
+    ),
+    *_of(
+        "defenses/sharpness_aware.py",
+        (
+            "FT-SAM: not scaled twice",
+            "self.config.rho * weight.abs() * part",
+            "self.config.rho * part",
+            "test_defenses.py -k perturbed_weights",
+        ),
+        (
+            "FT-SAM: step from the perturbed weights",
+            "tensor.copy_(value)",
+            "pass",
+            "test_defenses.py -k perturbed_weights",
+        ),
+    ),
+    *_of(
+        "defenses/ban.py",
+        (
+            "BAN: noise lowers the loss",
+            "+ self.config.eps * g.sign()",
+            "- self.config.eps * g.sign()",
+            "test_defenses.py -k both_losses",
+        ),
+        (
+            "BAN: running statistics see the noise",
+            "name: buffer.clone() for",
+            "name: buffer for",
+            "test_defenses.py -k noise_is",
+        ),
+    ),
+    *_of(
         "engine/training.py",
         (
             "step 1: weight decay 0",

@@ -14,7 +14,8 @@ from benchmarks import figure, same_place, speed, tables
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = {str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}
 README = DOCUMENTS["README.md"]
-SCRIPTS = ("train_backdoor_cifar", "optimize_mask_cifar", "prune_neuron_cifar", "evaluate_cifar", "model_zoo")
+STEPS = ("train_backdoor_cifar", "optimize_mask_cifar", "prune_neuron_cifar")
+SCRIPTS = (*STEPS, "defend_cifar", "evaluate_cifar", "model_zoo")
 PROGRAMS = {f"{name}.py": importlib.import_module(name) for name in SCRIPTS} | {
     "benchmarks.speed": speed,
     "benchmarks.same_place": same_place,
@@ -133,7 +134,7 @@ def run_example(name):
 
 
 def test_every_python_example_is_run_here():
-    assert sorted(name for name, _ in blocks("python")) == ["README.md", "docs/attacks.md"]
+    assert sorted(name for name, _ in blocks("python")) == ["README.md", "docs/attacks.md", "docs/defenses.md"]
 
 
 def test_example_your_own_network(tmp_path, monkeypatch, capsys):
@@ -154,6 +155,12 @@ def test_example_an_attack_from_python(capsys):
     changed = (poisoned.train.images != names["images"]).flatten(1).any(1)
     assert not changed[torch.isin(torch.arange(1000), poisoned.index, invert=True)].any() and changed.any()
     assert names["trigger"] is not None and "images carry the trigger" in capsys.readouterr().out
+
+
+def test_example_a_defence_from_python():
+    names = run_example("docs/defenses.md")
+    before, after = names["network"].state_dict(), names["repaired"].state_dict()
+    assert before.keys() == after.keys() and not torch.equal(before["fc.weight"], after["fc.weight"])
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
