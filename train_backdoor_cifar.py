@@ -32,6 +32,7 @@ from data.datasets import DataConfig, SourceConfig, load_dataset
 from data.split import attacker_index, load_permutation, permutation_digest
 from engine.drive import drive
 from engine.memory import check_step, training_bytes
+from engine.parallel import follow, join, processes, spread
 from engine.runtime import Runtime, RuntimeConfig, choose_runtime
 from engine.training import KeepConfig, TrainConfig, measure_of
 from formats.cards import save_with_card
@@ -91,6 +92,7 @@ def train(args: argparse.Namespace, attack: Attack, config: TrainConfig, run: Ru
     """Carry out step 1 in the run's folder."""
     if args.export_poisoned:
         refuse_other_files(Path(args.export_poisoned))
+    run.rely_on({"processes": processes()})
     runtime = choose_runtime(from_flags(RuntimeConfig, args), run)
     workspace = open_workspace(args, run, runtime)
     dataset, model = workspace.dataset, workspace.model
@@ -107,6 +109,7 @@ def train(args: argparse.Namespace, attack: Attack, config: TrainConfig, run: Ru
         network = model.build(dataset.num_classes)
     network = network.to(runtime.device, memory_format=torch.channels_last)
     loop = attack.make_loop(network, poisoned, dataset, replace(config, precision=runtime.precision))
+    loop = spread(loop, model)
     known = describe(attack, args.poison_type, poisoned)
     card = network_card(workspace, args.split_file, known, run.command)
     measure = measure_of(loop, poisoned.trigger, dataset, runtime.precision)  # refuses a trigger that does not fit
@@ -132,6 +135,8 @@ def train(args: argparse.Namespace, attack: Attack, config: TrainConfig, run: Ru
 
 def main(argv: list[str] | None = None) -> int:
     """Run step 1; returns the exit status."""
+    if join():
+        return follow()
     args, attack, config = parse_arguments(argv)
     command = command_line("train_backdoor_cifar.py", argv)
     return run_script(
