@@ -18,13 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 
 from data.datasets import ImageSet, Normalization
 from engine.runtime import RuntimeConfig, autocast, prepare_runtime
 from engine.training import SgdLoop, TrainConfig, TrainingLoop
 from models import ModelConfig
 from utils.console import announce
-from utils.errors import InputError
+from utils.errors import InputError, shorten
 from utils.guard import guard
 from utils.signals import ignore_all
 
@@ -50,12 +51,29 @@ class _Task:
 
 
 def join() -> int:
-    """Meet the processes that torchrun started; returns this one's number, 0 for the first or where it is alone."""
+    """Meet the processes that torchrun started, if it did.
+
+    Returns:
+        This one's number, 0 for the first, or where it is alone.
+
+    Raises:
+        SystemExit: they cannot meet, which was said.
+    """
     several = dist.is_available() and dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
     if not several:
         return 0
-    dist.init_process_group("gloo", timeout=PATIENCE)
+    if status := guard(_meet, "torchrun"):
+        raise SystemExit(status)
     return dist.get_rank()
+
+
+def _meet() -> None:
+    """Open the group of all processes; raises ``InputError`` where it cannot be opened."""
+    try:
+        dist.init_process_group("gloo", timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        reason = shorten(str(error).partition("\n")[0])
+        raise InputError(f"the processes cannot meet ({reason}); look at the flags of torchrun") from error
 
 
 def processes() -> int:
@@ -211,7 +229,7 @@ class ParallelLoop(SgdLoop):
 
 def _on_cpu(state: Any) -> Any:
     """Return a state whose tensors are on the CPU: another process has another device."""
-    return torch.utils._pytree.tree_map_only(Tensor, Tensor.cpu, state)
+    return tree_map_only(Tensor, Tensor.cpu, state)
 
 
 def synchronised(network: nn.Module, group: dist.ProcessGroup | None) -> nn.Module:
@@ -240,7 +258,7 @@ class GlobalBatchNorm(_BatchNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         if not (self.training or self.running_mean is None):
-            return super().forward(x)
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         places, ones = [0, *range(2, x.dim())], (1, -1, *[1] * (x.dim() - 2))
         values = x.float()
         count = values.new_tensor([values.numel() // values.shape[1]])
