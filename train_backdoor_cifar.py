@@ -4,8 +4,9 @@ A CPU minute, nothing to download:
     python train_backdoor_cifar.py --dataset synthetic --widen-factor 0.125 --epoch 12 --batch-size 64 \\
         --lr-schedule one-cycle --poison-rate 0.1
 
-The paper (ResNet-18, BadNets 5 %, target 0; hours on a GPU):
+The paper (ResNet-18, BadNets 5 %, target 0; hours on a GPU), and the same on 4 GPUs:
     python train_backdoor_cifar.py --output-dir ./save
+    torchrun --standalone --nproc-per-node 4 train_backdoor_cifar.py --output-dir ./save
 
 Writes to the output folder: last_model.th and its card last_model.json, model_init.th, model_{epoch}.th,
 trigger_info.th, train_log.jsonl, train_curves and clean_and_triggered as .png and .pdf; generators.th for input-aware
