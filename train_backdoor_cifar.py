@@ -4,8 +4,9 @@ A CPU minute, nothing to download:
     python train_backdoor_cifar.py --dataset synthetic --widen-factor 0.125 --epoch 12 --batch-size 64 \\
         --lr-schedule one-cycle --poison-rate 0.1
 
-The paper (ResNet-18, BadNets 5 %, target 0; hours on a GPU):
+The paper (ResNet-18, BadNets 5 %, target 0; hours on a GPU), and the same on 4 GPUs:
     python train_backdoor_cifar.py --output-dir ./save
+    torchrun --standalone --nproc-per-node 4 train_backdoor_cifar.py --output-dir ./save
 
 Writes to the output folder: last_model.th and its card last_model.json, model_init.th, model_{epoch}.th,
 trigger_info.th, train_log.jsonl, train_curves and clean_and_triggered as .png and .pdf; generators.th for input-aware
@@ -32,6 +33,7 @@ from data.datasets import DataConfig, SourceConfig, load_dataset
 from data.split import attacker_index, load_permutation, permutation_digest
 from engine.drive import drive
 from engine.memory import check_step, training_bytes
+from engine.parallel import follow, join, processes, spread
 from engine.runtime import Runtime, RuntimeConfig, choose_runtime
 from engine.training import KeepConfig, TrainConfig, measure_of
 from formats.cards import save_with_card
@@ -91,6 +93,7 @@ def train(args: argparse.Namespace, attack: Attack, config: TrainConfig, run: Ru
     """Carry out step 1 in the run's folder."""
     if args.export_poisoned:
         refuse_other_files(Path(args.export_poisoned))
+    run.rely_on({"processes": processes()})
     runtime = choose_runtime(from_flags(RuntimeConfig, args), run)
     workspace = open_workspace(args, run, runtime)
     dataset, model = workspace.dataset, workspace.model
@@ -107,6 +110,7 @@ def train(args: argparse.Namespace, attack: Attack, config: TrainConfig, run: Ru
         network = model.build(dataset.num_classes)
     network = network.to(runtime.device, memory_format=torch.channels_last)
     loop = attack.make_loop(network, poisoned, dataset, replace(config, precision=runtime.precision))
+    loop = spread(loop, model)
     known = describe(attack, args.poison_type, poisoned)
     card = network_card(workspace, args.split_file, known, run.command)
     measure = measure_of(loop, poisoned.trigger, dataset, runtime.precision)  # refuses a trigger that does not fit
@@ -132,6 +136,8 @@ def train(args: argparse.Namespace, attack: Attack, config: TrainConfig, run: Ru
 
 def main(argv: list[str] | None = None) -> int:
     """Run step 1; returns the exit status."""
+    if join():
+        return follow()
     args, attack, config = parse_arguments(argv)
     command = command_line("train_backdoor_cifar.py", argv)
     return run_script(

@@ -1,1 +1,1 @@
-"""What computes: the one loop that drives anything iterative, training, evaluation, precision, CUDA graphs."""
+"""What computes: the one loop that drives anything iterative, training, evaluation, precision, several processes."""

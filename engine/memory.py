@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from data.datasets import ImageSet
 from engine.evaluation import evaluation_batch, inference_copy
+from engine.parallel import processes
 from engine.runtime import Runtime
 from models.noisy_layers import convert_noisy, noisy_layers
 from utils.console import announce
@@ -157,10 +158,13 @@ def check_step(
         InputError: it will not.
     """
     try:
-        needed = estimate(meta_copy(network), batch_size, runtime.precision, tuple(images.images.shape[1:3]))
+        share = -(-batch_size // processes())
+        needed = estimate(meta_copy(network), share, runtime.precision, tuple(images.images.shape[1:3]))
     except Exception:  # a network's own code may need more than sizes, and fail in any way
         announce(f"how much memory this takes is not known: {type(network).__name__} cannot be run without content")
         return
     needed += copies * images.images.nbytes
+    if runtime.device.type == "cpu":
+        needed *= processes()  # as if all were on this machine
     advice = "lower --batch-size or take a narrower network (--widen-factor)"
     check_memory(needed, f"this network with batches of {batch_size} images", advice, runtime.device)

@@ -140,6 +140,7 @@ class TrainingLoop:
         self, network: nn.Module, train: ImageSet, normalization: Normalization, flip: bool, config: TrainConfig
     ):
         self.network, self.train, self.normalization, self.config = network, train, normalization, config
+        self.flip = flip
         self.device = train.images.device
         self.transform = make_transform(normalization, flip)
         self.optimizer = make_optimizer(network, config)
@@ -239,8 +240,12 @@ class SgdLoop(TrainingLoop):
         set_learning_rate(self.optimizer, self.learning_rate(self.time(epoch, batch)))
         if len(labels) < self.config.batch_size:  # the last of an epoch
             return self._update(parts)
-        self._update_full = self._update_full or replayed(self._update, self._changed(), parts)
+        self._update_full = self._update_full or self._recorded(parts)
         return self._update_full(parts)
+
+    def _recorded(self, batch: tuple[Tensor, Tensor]) -> Callable[[tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]:
+        """Return the update of full batches such as this one."""
+        return replayed(self._update, self._changed(), batch)
 
     def _update(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Make one update from images (B, 3, H, W) and labels (B,), without a host sync."""

@@ -1641,6 +1641,33 @@ MUTATIONS = [
         ("speed: events not waited for", "    last.record()\n", "", "test_speed.py -k between_events"),
     ),
     *_of(
+        "engine/parallel.py",
+        (
+            "several processes: gradients of one half",
+            "(self._size * loss).backward()",
+            "loss.backward()",
+            "test_parallel.py -k updates_of_one",
+        ),
+        (
+            "several processes: mean of means",
+            'reduction="sum") / len(batch[1])',
+            'reduction="sum") / max(1, len(labels)) / self._size',
+            "test_parallel.py -k updates_of_one",
+        ),
+        (
+            "several processes: BatchNorm sees its own share",
+            "        dist.all_reduce(total)\n",
+            "",
+            "test_parallel.py -k updates_of_one",
+        ),
+        (
+            "several processes: an update is cut short by a signal",
+            "    ignore_all()\n    return guard(",
+            "    return guard(",
+            "test_parallel.py -k end_silently",
+        ),
+    ),
+    *_of(
         "benchmarks/loops.py",
         (
             "speed: one epoch and no further",

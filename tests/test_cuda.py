@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
 import data.augment
+import engine.parallel as parallel
 from attacks import ATTACKS, CleanLabel
 from attacks.input_aware import InputAwareTrainConfig
 from benchmarks.plain import PlainMasks, plain_train
@@ -170,6 +172,31 @@ def test_triggers_drawn_by_generators(name, images, network):
     trigger = loop.draw_trigger(images)
     assert trigger.pattern.device == trigger.mask.device == trigger.target.device == torch.device("cpu")
     assert Evaluator(images, trigger, SYNTHETIC_NORMALIZATION, BF16, cross=True)(network).cross
+
+
+def test_several_processes(images, network, monkeypatch):
+    """PyTorch's own BatchNorm over all processes, whose tensors travel over NCCL; nothing waits for the device."""
+    asked, summed = [], []
+    monkeypatch.setattr(dist, "get_rank", lambda *group: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda *group: 2)
+    monkeypatch.setattr(dist, "new_group", lambda **options: asked.append(options) or "nccl group")
+    monkeypatch.setattr(dist, "barrier", lambda: asked.append("barrier"))
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, group: summed.append((tensor.device, group)))
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda content: None)
+    monkeypatch.setattr(nn.SyncBatchNorm, "forward", nn.BatchNorm2d.forward)  # which needs the other process
+    monkeypatch.setattr(nn.SyncBatchNorm, "_check_input_dim", lambda norm, x: None)
+    monkeypatch.setattr(parallel, "DistributedDataParallel", lambda module, **options: module)
+    monkeypatch.setattr("engine.training.replayed", None)
+    monkeypatch.setattr(torch.Tensor, "__float__", lambda tensor: 0.1)  # the learning rate in the state that is sent
+    loop = parallel.ParallelLoop(network, images, SYNTHETIC_NORMALIZATION, True, TrainConfig(epochs=1, batch_size=30))
+    norms = [module for module in loop._shared.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    assert {type(module) for module in norms} == {nn.SyncBatchNorm}
+    assert {module.process_group for module in norms} == {"nccl group"} and asked[0]["backend"] == "nccl"
+    steps = loop.steps()
+    assert [next(steps), next(steps)] == [30, 10] and asked[1:] == ["barrier"] * 2
+    assert summed == [(CUDA, "nccl group")] * 2 and all(
+        parameter.grad.device == CUDA for parameter in network.parameters()
+    )
 
 
 def test_stamping_sends_no_float64_over_the_bus(images, monkeypatch):
