@@ -178,8 +178,8 @@ def _ascend(
 
 
 def _mix(config: AnpConfig, natural: Tensor, perturbed: Tensor) -> Tensor:
-    """Equation 3 for one run's loss () or gradient (n,); without a perturbation the natural one alone."""
-    return config.alpha * natural + (1 - config.alpha) * perturbed if config.eps > 0 else natural
+    """Equation 3 for one run's loss () or gradient (n,)."""
+    return config.alpha * natural + (1 - config.alpha) * perturbed
 
 
 def _iterate(

@@ -650,9 +650,48 @@ MUTATIONS = [
             "test_anp.py -k since_the_row_before",
         ),
         ("step 2: no row at the end", " or self.done == self.total", "", "test_anp.py -k since_the_row_before"),
+        (
+            "seeds at once: all draw the batches of the first",
+            "iteration, transform) for config in configs]",
+            "iteration, transform) for config in [configs[0]] * len(configs)]",
+            "test_seeds.py -k is_alone",
+        ),
+        (
+            "seeds at once: a network that mixes images is taken",
+            "if not torch.allclose(before, after, rtol=0, atol=0, equal_nan=True):",
+            "if False:",
+            "test_seeds.py -k know_no_runs",
+        ),
+        (
+            "seeds at once: whatever the settings",
+            "if any(replace(each, seed=first.seed, eps=first.eps, alpha=first.alpha) != first for each in configs):",
+            "if False:",
+            "test_seeds.py -k go_together",
+        ),
+    ),
+    *_of(
+        "formats/outputs.py",
+        (
+            "seeds at once: --overwrite leaves masks behind",
+            "_of_seeds(MASKS), _of_seeds(PRUNING)",
+            "MASKS, _of_seeds(PRUNING)",
+            "test_seeds.py -k overwriting",
+        ),
     ),
     *_of(
         "optimize_mask_cifar.py",
+        (
+            "seeds at once: memory of one",
+            "len(folders) * config.batch_size",
+            "config.batch_size",
+            "test_seeds.py -k memory",
+        ),
+        (
+            "seeds at once: --seed beside --seeds",
+            "if args.seeds and args.seed is not None:",
+            "if False:",
+            "test_seeds.py -k contradict",
+        ),
         (
             "step 2: eps and alpha swapped",
             "from_flags(AnpConfig, args, precision=runtime.precision)",
@@ -853,6 +892,12 @@ MUTATIONS = [
     ),
     *_of(
         "models/noisy_layers.py",
+        (
+            "BatchNorm: the images of another run",
+            "[self._of_one_run(*part) for part in parts])",
+            "[self._of_one_run(*part) for part in parts][::-1])",
+            "test_seeds.py -k is_alone",
+        ),
         (
             "BatchNorm: running statistics drift",
             "F.batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)",
@@ -1346,6 +1391,12 @@ MUTATIONS = [
             "if not (self.saved or self.overwriting or self.complete_before):",
             "if False:",
             "test_faults.py -k are_there",
+        ),
+        (
+            "run: inputs in the folders of seeds overwritten",
+            "{folder.resolve(): begin for begin, folder in self._folders().items()}",
+            '{output: ""}',
+            "test_seeds.py -k overwriting",
         ),
         ("run: inputs overwritten", "            self._protect_inputs()\n", "", "test_faults.py -k what_step_3_writes"),
         ("run: links not followed", "Path(os.path.realpath(each)), link", "link, link", "test_faults.py -k a_link_to"),
