@@ -3,6 +3,7 @@
 import copy
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from itertools import chain, islice, repeat
 from typing import NamedTuple
 
@@ -41,6 +42,7 @@ class Setup(NamedTuple):
         batch_size: of training and masks.
         batches: in a stretch.
         seed: of batches and augmentation.
+        mask_seeds: how many seeds of the masks are learnt at once.
     """
 
     dataset: Dataset
@@ -50,6 +52,7 @@ class Setup(NamedTuple):
     batch_size: int
     batches: int
     seed: int
+    mask_seeds: int = 1
 
     @property
     def flops(self) -> int:
@@ -126,13 +129,14 @@ def step_2(setup: Setup) -> Loops:
     loader = plain_loader(clean.to("cpu"), normalization, train=True, batch_size=setup.batch_size, endless=True)
     batches = setup.on_device(loader)
     transform = make_transform(normalization, setup.dataset.flip)
-    steps = optimize_masks(noisy, clean.images, clean.labels, config, transform)
+    configs = [replace(config, seed=config.seed + number) for number in range(setup.mask_seeds)]
+    steps = optimize_masks(noisy, clean.images, clean.labels, configs, transform)
 
     def run_plain():
-        for images, labels in islice(batches, setup.batches):
+        for images, labels in islice(batches, setup.mask_seeds * setup.batches):
             plain.iterate(images, labels, config.eps * (2 * torch.rand(2, neurons, device=device) - 1))
 
-    images = setup.batches * setup.batch_size
+    images = setup.mask_seeds * setup.batches * setup.batch_size
     return Loops(run_plain, lambda: take(steps, setup.batches), setup.batch_size, images, setup.flops, 9, 6)
 
 

@@ -60,6 +60,7 @@ class SpeedConfig(Config):
         TrainConfig.batch_size, "images in a batch of training and masks; others are as in the scripts", Range(10, 1e5)
     )
     seed: int = setting(0, "of weights and batches", Range(0))
+    mask_seeds: int = setting(1, "seeds whose masks step 2 learns at once", Range(1, 1000))
     profile: str | None = setting(None, "print the ten costliest operators of this step, too", choices=STEPS)
     json: str | None = setting(None, "write everything to this file, which must not exist yet", metavar="FILE")
 
@@ -118,7 +119,7 @@ def make_setup(args: argparse.Namespace, runtime: Runtime) -> Setup:
     try_network(network, model, dataset.test)
     network = network.to(runtime.device, memory_format=torch.channels_last).eval()
     batches = config.batches or BATCHES[runtime.device.type]
-    return Setup(dataset, network, runtime, permutation, config.batch_size, batches, config.seed)
+    return Setup(dataset, network, runtime, permutation, config.batch_size, batches, config.seed, config.mask_seeds)
 
 
 def measure_peaks(runtime: Runtime) -> dict[str, float]:

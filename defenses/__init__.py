@@ -4,7 +4,7 @@ ANP is ``repair``, or step by step ``optimize_masks`` and ``prune_neurons``. The
 their own, by the names of ``--defense``; a new one is one module with one class and one entry in ``DEFENSES``.
 """
 
-from defenses.anp import AnpConfig, AnpState, AnpStep, optimize_masks, score
+from defenses.anp import AnpConfig, AnpState, AnpStep, optimize_masks, score, show_masks
 from defenses.attention_distillation import AttentionDistillation
 from defenses.ban import NoisyTuning
 from defenses.channel_lipschitz import ChannelLipschitz
@@ -49,4 +49,5 @@ __all__ = [
     "prune_neurons",
     "repair",
     "score",
+    "show_masks",
 ]

@@ -5,13 +5,14 @@ Wu & Wang, *Adversarial Neuron Pruning Purifies Backdoored Deep Models*, NeurIPS
     min over m in [0, 1]^n of  alpha * CE(m*w, b) + (1 - alpha) * max over d, x in [-eps, eps]^n of CE((m+d)*w, (1+x)*b)
 
 w and b are the scales and shifts of the BatchNorms, or what ``models.neuron_layers`` names in a network without any.
-m, d and x are vectors over all n neurons of the network.
+m, d and x are vectors over all n neurons of the network. R optimisations of one network, which differ in seed, eps or
+alpha, can run together: one pass over R * B images, and a row of m, d and x for each of them.
 """
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from models.neuron_layers import along_first
 from models.neurons import Neuron, mask_values, neurons_up_to
 from models.noisy_layers import NoisyBatchNorm, NoisyLayer, convert_noisy, noisy_layers
 from utils.config import Config, Range, checked, one_of, setting
+from utils.errors import InputError
 from utils.seeding import seeded_generator
 
 COLUMNS = {
@@ -84,7 +86,7 @@ class AnpState:
 
     Attributes:
         iteration: updates made so far.
-        mask, momentum: float32 (n,) over all neurons, in state_dict order.
+        mask, momentum: float32 (R, n): a row for each run, over all neurons in state_dict order.
     """
 
     iteration: int
@@ -92,15 +94,26 @@ class AnpState:
     momentum: Tensor
 
     @classmethod
-    def start(cls, network: nn.Module) -> "AnpState":
-        """Return the state before the first update: the masks the network carries (1), no momentum."""
-        mask = torch.cat([layer.mask for layer in noisy_layers(network).values()])
+    def start(cls, network: nn.Module, runs: int = 1) -> "AnpState":
+        """Return the state before the first update: the masks the network carries (1), no momentum.
+
+        Raises:
+            InputError: several runs, and a layer with neurons that is no plain BatchNorm.
+        """
+        layers = noisy_layers(network)
+        for name, layer in layers.items() if runs > 1 else ():
+            if not isinstance(layer, NoisyBatchNorm) or len(noisy_layers(layer)) > 1:
+                raise InputError(
+                    f"{name}: several seeds at once need BatchNorms that hold no other neurons; learn the masks of one "
+                    "seed after the other"
+                )
+        mask = torch.cat([layer.mask for layer in layers.values()], -1).expand(runs, -1).clone()  # (R, n)
         return cls(0, mask, torch.zeros_like(mask))
 
 
 @dataclass(frozen=True)
 class AnpStep:
-    """What one iteration saw, as 0-dimensional tensors on the network's device (reading them waits for it).
+    """What one iteration saw, as tensors (R,) on the network's device (reading them waits for it).
 
     Attributes:
         iteration: counted from 1.
@@ -116,69 +129,96 @@ class AnpStep:
 
 
 def _assign(layers: list[NoisyLayer], mask: Tensor, noise: tuple[Tensor, Tensor] | None = None) -> None:
-    """Let every layer see its part of the vectors m and (d, x), all (n,); nothing is copied."""
-    sizes = [len(layer.mask) for layer in layers]
-    for layer, part in zip(layers, mask.split(sizes), strict=True):
-        layer.mask, layer.perturbed = part, noise is not None  # (C,)
+    """Let every layer see its part of the vectors m and (d, x), all (n,) or (R, n); nothing is copied."""
+    sizes = [len(layer._parameters["weight"]) for layer in layers]
+    for layer, part in zip(layers, mask.split(sizes, -1), strict=True):
+        layer.mask, layer.perturbed = part, noise is not None  # (C,) or (R, C)
     if noise is not None:
-        for layer, d, x in zip(layers, noise[0].split(sizes), noise[1].split(sizes), strict=True):
-            layer.weight_noise, layer.bias_noise = d, x  # (C,) each
+        for layer, d, x in zip(layers, noise[0].split(sizes, -1), noise[1].split(sizes, -1), strict=True):
+            layer.weight_noise, layer.bias_noise = d, x  # (C,) or (R, C) each
 
 
-def show_masks(network: nn.Module, state: AnpState) -> None:
-    """Make the layers of a converted network look at the masks of ``state``; they follow it from then on."""
-    _assign(list(noisy_layers(network).values()), state.mask)
+def show_masks(network: nn.Module, mask: Tensor) -> None:
+    """Make the layers of a converted network look at masks, which they follow from then on.
+
+    Args:
+        network: what ``models.convert_noisy`` returned.
+        mask: a state's masks, or a row of them: those of one run.
+
+    Shape:
+        mask: float32 (n,) or (R, n).
+    """
+    _assign(list(noisy_layers(network).values()), mask.squeeze(0))  # one run needs no dimension for runs
 
 
-def _ascend(loss_of: Callable, mask: Tensor, noise: tuple[Tensor, Tensor], config: AnpConfig) -> tuple[Tensor, Tensor]:
-    """Equation 4: sign-gradient ascent of the perturbed loss from a random start, d and x (n,) each.
+def _each(function: Callable[..., Tensor], *parts: Sequence) -> Tensor:
+    """Apply a function to what belongs to each run; the results are the rows of one tensor."""
+    return torch.stack([function(*part) for part in zip(*parts, strict=True)])
+
+
+def _climb(config: AnpConfig, noise: Tensor, gradient: Tensor) -> Tensor:
+    """One step of one run's ascent: d + eps/steps * sign(dCE/dd), float32 (n,)."""
+    noise = noise + config.eps / config.steps * gradient.sign()
+    return noise.clamp(-config.eps, config.eps) if config.project else noise
+
+
+def _ascend(
+    loss_of: Callable, mask: Tensor, noise: tuple[Tensor, Tensor], configs: Sequence[AnpConfig]
+) -> tuple[Tensor, Tensor]:
+    """Equation 4: sign-gradient ascent of the perturbed loss from a random start, d and x (R, n) each.
 
     d <- d + eps/steps * sign(dCE/dd), x likewise. Starting inside the eps-ball, it may end as far as 2 * eps away.
     """
-    for _ in range(config.steps):
+    for _ in range(configs[0].steps):
         noise = tuple(part.detach().requires_grad_() for part in noise)
         loss, _ = loss_of(mask, noise)
-        gradients = torch.autograd.grad(loss, noise, materialize_grads=True)  # 0 for x where no layer has a bias
-        noise = tuple(part + config.eps / config.steps * g.sign() for part, g in zip(noise, gradients, strict=True))
-        if config.project:
-            noise = tuple(part.clamp(-config.eps, config.eps) for part in noise)
+        gradients = torch.autograd.grad(loss.sum(), noise, materialize_grads=True)  # 0 for x where no layer has a bias
+        noise = tuple(_each(_climb, configs, *pair) for pair in zip(noise, gradients, strict=True))
     return tuple(part.detach() for part in noise)
 
 
-def _iterate(network: nn.Module, config: AnpConfig, state: AnpState, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _mix(config: AnpConfig, natural: Tensor, perturbed: Tensor) -> Tensor:
+    """Equation 3 for one run's loss () or gradient (n,)."""
+    return config.alpha * natural + (1 - config.alpha) * perturbed
+
+
+def _iterate(
+    network: nn.Module, configs: Sequence[AnpConfig], state: AnpState, batch: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
     """One iteration of algorithm 1: update ``state.mask`` and ``state.momentum`` in place, without a host sync.
 
-    ``batch`` holds images (B, ...), labels (B,) and the start of the perturbation, d and x, (n,) each. Returns loss,
-    natural loss, perturbed loss and accuracy, 0-dimensional.
+    ``batch`` is what ``draw_batches`` returned. Returns loss, natural loss, perturbed loss and accuracy, (R,) each.
     """
     images, labels, *noise = batch
+    config, runs = configs[0], len(configs)  # they share all but eps, alpha and seed
     layers = list(noisy_layers(network).values())
 
     def loss_of(mask, noise=None):
-        _assign(layers, mask, noise)
+        _assign(layers, mask.squeeze(0), noise and [part.squeeze(0) for part in noise])
         with autocast(images.device, config.precision):
-            logits = network(images).float()  # (B, classes)
-        return F.cross_entropy(logits, labels), logits
+            logits = network(images).float()  # (R * B, classes)
+        return _each(F.cross_entropy, logits.chunk(runs), labels.chunk(runs)), logits  # (R,)
 
     # The inner maximum: the noise at which the masked network is worst (equation 4). Masks do not move here.
-    if config.eps > 0:
-        noise = _ascend(loss_of, state.mask, tuple(noise), config)
+    perturbs = any(each.eps > 0 for each in configs)
+    if perturbs:
+        noise = _ascend(loss_of, state.mask, tuple(noise), configs)
     # The outer minimum: alpha * CE(m*w, b) + (1-alpha) * CE((m+d)*w, (1+x)*b) (equation 3). Only masks have a
     # gradient; two backward passes, one after the other, need half the memory of one through the sum.
-    mask = state.mask.detach().requires_grad_()  # (n,)
+    mask = state.mask.detach().requires_grad_()  # (R, n); the gradient of a sum over runs has each run's in its row
     natural_loss, logits = loss_of(mask)
-    (gradient,) = torch.autograd.grad(natural_loss, mask)
+    (gradient,) = torch.autograd.grad(natural_loss.sum(), mask)
     loss = perturbed_loss = natural_loss.detach()
-    if config.eps > 0:
+    if perturbs:
         perturbed_loss, _ = loss_of(mask, noise)
-        (perturbed_gradient,) = torch.autograd.grad(perturbed_loss, mask)
-        gradient = config.alpha * gradient + (1 - config.alpha) * perturbed_gradient
-        loss = config.alpha * loss + (1 - config.alpha) * perturbed_loss.detach()
+        (perturbed_gradient,) = torch.autograd.grad(perturbed_loss.sum(), mask)
+        gradient = _each(_mix, configs, gradient, perturbed_gradient)
+        loss = _each(_mix, configs, loss, perturbed_loss.detach())
     # SGD with momentum, then back into [0, 1]^n
     with torch.no_grad():
         state.momentum.mul_(config.momentum).add_(gradient)
         state.mask.sub_(config.lr * state.momentum).clamp_(0, 1)
-    accuracy = (logits.argmax(1) == labels).float().mean()
+    accuracy = (logits.argmax(1) == labels).float().view(runs, -1).mean(1)
     return loss, natural_loss.detach(), perturbed_loss.detach(), accuracy
 
 
@@ -202,11 +242,59 @@ def draw_batch(
     return batch, labels[index], *(config.eps * (2 * noise - 1))
 
 
+def draw_batches(
+    images: Tensor,
+    labels: Tensor,
+    neurons: int,
+    configs: Sequence[AnpConfig],
+    iteration: int,
+    transform: Transform | None = None,
+) -> tuple[Tensor, ...]:
+    """Draw what one iteration of R runs needs, for each of them as ``draw_batch`` does.
+
+    Returns:
+        Images (R * B, ...) and labels (R * B,), run after run, and d and x, (R, n) each.
+    """
+    drawn = [draw_batch(images, labels, neurons, config, iteration, transform) for config in configs]
+    batches, batch_labels, *noise = zip(*drawn, strict=True)
+    return torch.cat(batches), torch.cat(batch_labels), *map(torch.stack, noise)
+
+
+def runs_of(config: AnpConfig | Sequence[AnpConfig]) -> list[AnpConfig]:
+    """Return the settings of each run; raises ``ValueError`` where runs differ in more than seed, eps and alpha."""
+    configs = [config] if isinstance(config, AnpConfig) else list(config)
+    if not configs:
+        raise ValueError("no settings: expected an AnpConfig for each run")
+    first = configs[0]
+    if any(replace(each, seed=first.seed, eps=first.eps, alpha=first.alpha) != first for each in configs):
+        raise ValueError("runs that go together may differ in seed, eps and alpha alone")
+    return configs
+
+
+@torch.no_grad()
+def _check_apart(network: nn.Module, images: Tensor, config: AnpConfig, runs: int) -> None:
+    """Make sure that what a network answers to the images of one run depends on no other run.
+
+    Raises:
+        InputError: it does.
+    """
+    size = len(images) // runs
+    others = images.clone()  # in the same memory format, so that the same kernels run
+    others[:size] = images[0]  # another first run
+    with autocast(images.device, config.precision):
+        before, after = (network(batch)[size:] for batch in (images, others))
+    if not torch.allclose(before, after, rtol=0, atol=0, equal_nan=True):
+        raise InputError(
+            f"{type(network).__name__} mixes the images of a batch in more than its BatchNorms; learn the masks of one "
+            "seed after the other"
+        )
+
+
 def optimize_masks(
     network: nn.Module,
     images: Tensor,
     labels: Tensor,
-    config: AnpConfig,
+    config: AnpConfig | Sequence[AnpConfig],
     transform: Transform | None = None,
     state: AnpState | None = None,
 ) -> Iterator[AnpStep]:
@@ -216,11 +304,15 @@ def optimize_masks(
     eval mode. Nothing else of it changes, running statistics included: all its parameters are frozen. Within a step
     BatchNorms use the statistics of the batch, everything else (dropout) is in eval mode.
 
+    Several settings are several runs at once, each with the batches, the statistics and the masks that it would have
+    alone, up to rounding. Their masks are the rows of ``state.mask``; the layers show all rows, and those of run r
+    after ``show_masks(network, state.mask[r])``.
+
     Args:
         network: what ``models.convert_noisy`` returned.
         images: the defender's clean images, on the network's device.
         labels: their classes.
-        config: the settings.
+        config: the settings; of several runs, which may differ in seed, eps and alpha, one for each.
         transform: ``transform(batch, generator)`` makes the network's input from a batch of ``images``: augmentation,
             normalisation. None: the images are the input.
         state: where to go on; it is updated in place. None: from the start.
@@ -232,8 +324,11 @@ def optimize_masks(
         One ``AnpStep`` an iteration.
 
     Raises:
-        ValueError: the network was not converted, images and labels do not match, or images are not finite.
+        ValueError: the network was not converted, images and labels do not match, images are not finite, or the
+            settings of several runs do not go together.
+        InputError: several runs, and the network has no BatchNorms or mixes images otherwise.
     """
+    configs = runs_of(config)
     if not noisy_layers(network):
         raise ValueError("the network has no NoisyLayer; pass it through convert_noisy first")
     if len(images) != len(labels) or not len(labels):
@@ -244,23 +339,25 @@ def optimize_masks(
         raise ValueError("images hold NaN or infinite values")
     if labels.dtype != torch.int64 or labels.dim() != 1 or bool((labels < 0).any()):
         raise ValueError(f"labels are {labels.dtype} {tuple(labels.shape)}; expected int64 (N,), 0 or more")
-    state = AnpState.start(network) if state is None else state
+    state = AnpState.start(network, len(configs)) if state is None else state
     layers = list(noisy_layers(network).values())
     network.requires_grad_(False).eval()
-    show_masks(network, state)
+    show_masks(network, state.mask)
     iterate = None
-    while state.iteration < config.iterations:
+    while state.iteration < configs[0].iterations:
         with torch.inference_mode(False), torch.enable_grad():  # whatever the caller has set
-            batch = draw_batch(images, labels, len(state.mask), config, state.iteration, transform)
+            batch = draw_batches(images, labels, state.mask.shape[1], configs, state.iteration, transform)
         for layer in layers:
             # of a BatchNorm alone: its children, such as the dropout of timm's BatchNormAct2d, stay in eval mode
             layer.training = isinstance(layer, NoisyBatchNorm)
         changed = state.mask, state.momentum
         with torch.inference_mode(False), torch.enable_grad():
-            iterate = iterate or replayed(lambda batch: _iterate(network, config, state, batch), changed, batch)
+            if iterate is None and len(configs) > 1:
+                _check_apart(network, batch[0], configs[0], len(configs))
+            iterate = iterate or replayed(lambda batch: _iterate(network, configs, state, batch), changed, batch)
             values = iterate(batch)
         network.eval()
-        show_masks(network, state)
+        show_masks(network, state.mask)
         state.iteration += 1
         yield AnpStep(state.iteration, *values)
 
@@ -301,28 +398,30 @@ class MaskLoop:
 
     Args:
         subject: the defender's view.
-        config: the settings.
+        config: the settings; of several runs at once, one for each.
         row_every: iterations between two rows of the log.
 
     Attributes:
+        configs: the settings of each run.
         noisy: the converted network; its layers show the masks learnt so far.
         state: where the optimisation stands.
 
     Raises:
-        ValueError: the network has no neuron to mask.
+        ValueError: the network has no neuron to mask, or the settings of several runs do not go together.
+        InputError: as ``AnpState.start``.
     """
 
     title, unit = "masks", "iteration"
-    columns = COLUMNS
 
-    def __init__(self, subject: Subject, config: AnpConfig, row_every: int = 500):
-        self.subject, self.config, self.row_every = subject, config, row_every
+    def __init__(self, subject: Subject, config: AnpConfig | Sequence[AnpConfig], row_every: int = 500):
+        self.subject, self.configs, self.row_every = subject, runs_of(config), row_every
         self.transform = make_transform(subject.normalization, subject.flip)
         self.noisy = convert_noisy(subject.network)
-        hold_frozen(self.noisy, config.precision)
-        self.state = AnpState.start(self.noisy)
+        hold_frozen(self.noisy, self.configs[0].precision)
+        self.state = AnpState.start(self.noisy, len(self.configs))
         self.means = Means(4, self.state.mask.device)  # loss, natural loss, perturbed loss, accuracy
-        self.total = config.iterations
+        self.total = self.configs[0].iterations
+        self.columns = COLUMNS if len(self.configs) == 1 else {**COLUMNS, "masks <= 0.2": "8.1f"}  # a mean
 
     @property
     def done(self) -> int:
@@ -337,8 +436,9 @@ class MaskLoop:
     def steps(self) -> Iterator[AnpStep]:
         """See ``engine.drive.Loop``."""
         clean = self.subject.clean
-        for step in optimize_masks(self.noisy, clean.images, clean.labels, self.config, self.transform, self.state):
-            self.means.add(step.loss, step.natural_loss, step.perturbed_loss, step.accuracy)
+        for step in optimize_masks(self.noisy, clean.images, clean.labels, self.configs, self.transform, self.state):
+            values = step.loss, step.natural_loss, step.perturbed_loss, step.accuracy
+            self.means.add(*(value.mean() for value in values))
             yield step
 
     def due(self) -> bool:
@@ -346,23 +446,27 @@ class MaskLoop:
         return self.done % self.row_every == 0 or self.done == self.total
 
     def row(self) -> dict[str, Any]:
-        """Return the means since the last row and how many neurons would be pruned at 0.2."""
+        """Return the means since the last row and how many neurons would be pruned at 0.2; means over runs, too."""
         loss, natural_loss, perturbed_loss, accuracy = self.means.take()
+        runs = len(self.configs)
+        small = sum(len(neurons_up_to(self.neurons(run), 0.2)) for run in range(runs))
         return {
             "iteration": self.done,
             "loss": loss,
             "natural loss": natural_loss,
             "perturbed loss": perturbed_loss,
             "batch acc %": accuracy and 100 * accuracy,
-            "masks <= 0.2": len(neurons_up_to(self.neurons(), 0.2)),
+            "masks <= 0.2": small if runs == 1 else small / runs,
         }
 
-    def neurons(self) -> list[Neuron]:
-        """Return every neuron with its mask."""
+    def neurons(self, run: int = 0) -> list[Neuron]:
+        """Return every neuron with its mask in one run."""
+        show_masks(self.noisy, self.state.mask[run])
         return mask_values(self.noisy)
 
-    def masked(self) -> nn.Module:
-        """Return the network with its masks multiplied in."""
+    def masked(self, run: int = 0) -> nn.Module:
+        """Return the network with the masks of one run multiplied in."""
+        show_masks(self.noisy, self.state.mask[run])
         return apply_masks(self.subject.network, self.noisy)
 
     def state_dict(self) -> dict[str, Any]:
@@ -376,7 +480,6 @@ class MaskLoop:
         self.state.mask.copy_(state["mask"])
         self.state.momentum.copy_(state["momentum"])
         self.means.load_state_dict(state["means"])
-        show_masks(self.noisy, self.state)
 
 
 def score(subject: Subject, config: AnpConfig | None = None) -> list[Neuron]:

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from engine.evaluation import NotFinite, Report
+from engine.evaluation import NotFinite, Report, Reports
 from utils.config import Config, Range, setting
 from utils.errors import InputError
 from utils.run import Run, read_as_state
@@ -92,7 +92,9 @@ class Means:
         self.weight = state["weight"]
 
 
-def drive(run: Run, loop: Loop, measure: Callable[[], Report | None]) -> Iterator[tuple[dict[str, Any], Report | None]]:
+def drive(
+    run: Run, loop: Loop, measure: Callable[[], Report | Reports | None]
+) -> Iterator[tuple[dict[str, Any], Report | Reports | None]]:
     """Carry a loop to its end, or on from the run's saved state, and log its rows.
 
     Args:

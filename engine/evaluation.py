@@ -3,6 +3,8 @@
 import copy
 import math
 from dataclasses import astuple, dataclass, fields, replace
+from statistics import fmean
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -97,6 +99,19 @@ class Report:
         cross = f", with other images' triggers {percent(self.cross.accuracy):.2f} %" if self.cross else ""
         robust = f", R-Acc {percent(self.robust.accuracy):.2f} %" if self.robust else ""
         return f"C-Acc {percent(self.clean.accuracy):.2f} %, ASR {asr}{cross}{robust}"
+
+
+@dataclass(frozen=True)
+class Reports:
+    """What several networks measured, by seed."""
+
+    reports: dict[str, Report]
+
+    def row(self) -> dict[str, Any]:
+        """Return the means of the figures by the names of a log's columns; of several seeds, those of each as well."""
+        rows = {seed: report.row() for seed, report in self.reports.items()}
+        means = {name: fmean(row[name] for row in rows.values()) for name in next(iter(rows.values()))}
+        return {**means, "by seed": rows} if len(rows) > 1 else means
 
 
 def is_guessing(accuracy: float, num_classes: int, count: int) -> bool:

@@ -45,8 +45,8 @@ def neuron_layers(network: nn.Module) -> dict[str, nn.Module]:
 
 
 def along_first(values: Tensor, parameter: Tensor) -> Tensor:
-    """Shape one value (C,) for each neuron so that it multiplies what the parameter (C, ...) has of that neuron."""
-    return values.view(-1, *[1] * (parameter.dim() - 1))
+    """Shape one value for each neuron, (C,) or (R, C), so that it multiplies what a parameter (C, ...) has of it."""
+    return values.view(*values.shape, *[1] * (parameter.dim() - 1))
 
 
 def _scales(norm: nn.Module) -> bool:

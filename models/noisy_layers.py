@@ -17,7 +17,7 @@ from utils.errors import InputError
 from utils.seeding import seeded_generator
 
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-_NAMES = {"mask", "weight_noise", "bias_noise", "perturbed", "effective_weight", "effective_bias"}
+_NAMES = {"mask", "weight_noise", "bias_noise", "perturbed", "effective_weight", "effective_bias", "_of_one_run"}
 _PLAIN_OTHER = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 
@@ -30,7 +30,8 @@ class NoisyLayer(nn.Module):
 
     Attributes:
         mask, weight_noise, bias_noise: float32 (C,); the mask in [0, 1]. Buffers that may be replaced by tensors with
-            a gradient, and that are no part of the state_dict: its names stay those of the network that came in.
+            a gradient, and that are no part of the state_dict: its names stay those of the network that came in. A
+            ``NoisyBatchNorm`` takes those of R runs as well, (R, C).
         perturbed: whether the noise is applied.
     """
 
@@ -47,13 +48,13 @@ class NoisyLayer(nn.Module):
         self.perturbed = False
 
     def effective_weight(self) -> Tensor:
-        """Return the weight that the layer applies now, float (C, ...)."""
+        """Return the weight that the layer applies now, float (C, ...), or (R, C, ...) for R runs."""
         weight = self._parameters["weight"]
         scale = self.mask + self.weight_noise if self.perturbed else self.mask
         return (weight * along_first(scale, weight)).to(weight.dtype)  # noise is float32, a network may be half
 
     def effective_bias(self) -> Tensor | None:
-        """Return the bias that the layer applies now, float (C, ...), None where it has none."""
+        """Return the bias that the layer applies now, float (C, ...) or (R, C, ...), None where it has none."""
         bias = self._parameters.get("bias")
         if bias is None or not self.perturbed:
             return bias
@@ -66,8 +67,11 @@ class NoisyBatchNorm(NoisyLayer, _BatchNorm):
     In train mode it normalises with the statistics of the batch; the running statistics are never changed, so that
     evaluation uses those the network came with.
 
+    With masks (R, C) a batch holds the images of R runs, one run after the other: each run has its own masks, noise
+    and statistics, as if it were alone.
+
     Shape:
-        float (B, C, ...) -> the same.
+        float (B, C, ...), or (R * B, C, ...) -> the same.
     """
 
     def _check_input_dim(self, x: Tensor) -> None:
@@ -75,8 +79,16 @@ class NoisyBatchNorm(NoisyLayer, _BatchNorm):
             raise ValueError(f"expected an input of at least 2 dimensions, got {x.dim()}")
 
     def forward(self, x: Tensor) -> Tensor:
-        self._check_input_dim(x)
         weight, bias = self.effective_weight(), self.effective_bias()
+        if self.mask.dim() == 1:
+            return self._of_one_run(x, weight, bias)
+        runs = len(self.mask)
+        biases = [None] * runs if bias is None else bias.expand_as(weight)  # (R, C)
+        parts = zip(x.split(len(x) // runs), weight, biases, strict=True)
+        return torch.cat([self._of_one_run(*part) for part in parts])
+
+    def _of_one_run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        self._check_input_dim(x)
         if self.training or self.running_mean is None:
             return F.batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)
         return F.batch_norm(x, self.running_mean, self.running_var, weight, bias, False, 0.0, self.eps)
@@ -92,11 +104,10 @@ class _OwnForward(NoisyBatchNorm):
     def _check_input_dim(self, x: Tensor) -> None:
         super(NoisyBatchNorm, self)._check_input_dim(x)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _of_one_run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         before = {name: vars(self)[name] for name in ("_parameters", "_buffers", "track_running_stats")}
-        effective = {"weight": self.effective_weight(), "bias": self.effective_bias()}
         vars(self).update(
-            _parameters={**self._parameters, **effective},
+            _parameters={**self._parameters, "weight": weight, "bias": bias},
             _buffers={name: buffer if buffer is None else buffer.clone() for name, buffer in self._buffers.items()},
             track_running_stats=self.track_running_stats and not self.training,
         )

@@ -17,7 +17,7 @@ from data.datasets import CIFAR10_NORMALIZATION, SYNTHETIC_NORMALIZATION, ImageS
 from data.synthetic import draw_images
 from defenses import AnpConfig, AnpState, mask_values, optimize_masks, score
 from defenses import anp as module
-from defenses.anp import MaskLoop, _iterate, apply_masks, draw_batch, hold_frozen
+from defenses.anp import MaskLoop, _iterate, apply_masks, draw_batch, draw_batches, hold_frozen
 from engine.cuda_graph import record
 from formats.checkpoints import load_strictly, read_state_dict
 from formats.mask_file import read_masks, write_masks
@@ -51,10 +51,10 @@ def test_equals_the_plain_loop(network, images, labels, changes):
     noisy, plain = convert_noisy(network), PlainMasks(network, config)
     state = AnpState.start(noisy)
     for step in optimize_masks(noisy, images, labels, config, state=state):
-        batch, batch_labels, *noise = draw_batch(images, labels, len(state.mask), config, step.iteration - 1)
+        batch, batch_labels, *noise = draw_batch(images, labels, state.mask.numel(), config, step.iteration - 1)
         loss = plain.iterate(batch, batch_labels, noise)
         assert step.loss.item() == pytest.approx(loss, rel=loss_tolerance)
-        torch.testing.assert_close(state.mask, plain.mask(), atol=mask_tolerance, rtol=0)
+        torch.testing.assert_close(state.mask, plain.mask()[None], atol=mask_tolerance, rtol=0)
     assert (1 - state.mask).max() > 30 * mask_tolerance or config.steps > 1
 
 
@@ -99,9 +99,9 @@ def test_only_the_masks_change(network, images, labels):
 def test_noise_bounds(network, images, labels, monkeypatch, project, bound, steps):
     noises, original = [], module._ascend
 
-    def watch(loss_of, mask, noise, config):
+    def watch(loss_of, mask, noise, configs):
         assert max(part.abs().max() for part in noise) <= 0.4
-        result = original(loss_of, mask, noise, config)
+        result = original(loss_of, mask, noise, configs)
         noises.extend(result)
         return result
 
@@ -115,8 +115,8 @@ def test_noise_bounds(network, images, labels, monkeypatch, project, bound, step
 def test_the_ascent_raises_the_loss(network, images, labels, monkeypatch):
     original = module._ascend
 
-    def watch(loss_of, mask, noise, config):
-        after = original(loss_of, mask, noise, config)
+    def watch(loss_of, mask, noise, configs):
+        after = original(loss_of, mask, noise, configs)
         assert loss_of(mask, after)[0] > loss_of(mask, noise)[0]
         return after
 
@@ -243,9 +243,9 @@ def test_no_host_sync_inside_an_iteration(network, images, labels):
 
     noisy = convert_noisy(network)
     config, state = settings(), AnpState.start(noisy)
-    batch = draw_batch(images, labels, len(state.mask), config, 0)
+    batch = draw_batches(images, labels, state.mask.shape[1], [config], 0)
     with NoSync():
-        _iterate(noisy, config, state, batch)
+        _iterate(noisy, [config], state, batch)
 
 
 @pytest.mark.parametrize(
@@ -360,7 +360,7 @@ def test_batches_are_augmented_and_normalised(network, flip):
     loop.noisy.register_forward_hook(lambda network, inputs, output: seen.append(inputs[0]))
     for number, _ in enumerate(loop.steps()):
         clean = subject.clean
-        expected, *_ = draw_batch(clean.images, clean.labels, 300, loop.config, number, transform)
+        expected, *_ = draw_batch(clean.images, clean.labels, 300, loop.configs[0], number, transform)
         torch.testing.assert_close(seen[-1], expected, atol=1e-6, rtol=1e-6)
     assert len(seen) == 2 * 3
 

@@ -15,7 +15,7 @@ from attacks.input_aware import InputAwareTrainConfig
 from benchmarks.plain import PlainMasks, plain_train
 from data.datasets import SYNTHETIC_NORMALIZATION, Dataset, ImageSet
 from data.synthetic import CLASSES
-from defenses.anp import AnpConfig, AnpState, MaskLoop, _iterate, apply_masks, draw_batch
+from defenses.anp import AnpConfig, AnpState, MaskLoop, _iterate, apply_masks, draw_batches, show_masks
 from engine.evaluation import Evaluator
 from engine.runtime import RuntimeConfig, prepare_runtime
 from engine.training import TrainConfig
@@ -139,14 +139,17 @@ def test_training(name, images, network, precision):
     assert {part.device for part in (*momenta, *rates)} == {CUDA} and len(momenta) == len(list(network.parameters()))
 
 
-@pytest.mark.parametrize("project", [False, True])
-def test_mask_iteration(images, network, project):
+@pytest.mark.parametrize(("project", "runs"), [(False, 1), (True, 1), (True, 3)])
+def test_mask_iteration(images, network, project, runs):
     noisy = convert_noisy(network.requires_grad_(False))
-    state, config = AnpState.start(noisy), AnpConfig(batch_size=8, project=project, precision=BF16, steps=2)
-    loop = MaskLoop(Subject(network, SYNTHETIC_NORMALIZATION, True, images, {}), config)
-    batch = draw_batch(images.images, images.labels, len(state.mask), config, 0, loop.transform)
-    values = _iterate(noisy.eval(), config, state, batch)
-    loop.means.add(*values)
+    config = AnpConfig(batch_size=8, project=project, precision=BF16, steps=2)
+    configs = [replace(config, seed=seed) for seed in range(runs)]
+    state = AnpState.start(noisy, runs)
+    loop = MaskLoop(Subject(network, SYNTHETIC_NORMALIZATION, True, images, {}), configs)
+    batch = draw_batches(images.images, images.labels, state.mask.shape[1], configs, 0, loop.transform)
+    values = _iterate(noisy.eval(), configs, state, batch)
+    loop.means.add(*(value.mean() for value in values))
+    show_masks(noisy, state.mask[0])
     assert {tensor.device for tensor in (*batch, *values, state.mask, state.momentum, loop.means.sums)} == {CUDA}
     assert next(apply_masks(network, noisy).parameters()).device == CUDA
 

@@ -417,7 +417,7 @@ def test_every_flag_of_step_2_reaches_its_setting(checkpoint, monkeypatch):
         assert optimize.main([*checkpoint, "--precision", "bf16", "--val-frac", "0.1", *given]) == 1
     settings = dict(ANP_FLAGS.values())
     bf16 = torch.bfloat16
-    assert seen == [(AnpConfig(precision=bf16), 500), (AnpConfig(**settings, project=True, precision=bf16), 5)]
+    assert seen == [([AnpConfig(precision=bf16)], 500), ([AnpConfig(**settings, project=True, precision=bf16)], 5)]
 
 
 def test_every_flag_of_step_1_reaches_its_setting():

@@ -404,13 +404,17 @@ def test_the_seed_decides_weights_and_batches(monkeypatch, flags):
     weights = [setup.network[0].weight for setup in (one, same, other)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
     seeds = []
-    monkeypatch.setattr(loops, "optimize_masks", lambda n, i, la, config, t: seeds.append(config.seed) or iter(()))
+    monkeypatch.setattr(
+        loops, "optimize_masks", lambda n, i, la, runs, t: seeds.extend(r.seed for r in runs) or iter(())
+    )
     monkeypatch.setattr(
         loops, "SgdLoop", lambda n, tr, no, f, config: SimpleNamespace(steps=lambda: seeds.append(config.seed))
     )
     for step in (loops.step_1, loops.step_2):
         step(other)
     assert seeds == [2, 2]
+    several = loops.step_2(make_setup(flags, "--seed", "2", "--mask-seeds", "3"))
+    assert seeds[2:] == [2, 3, 4] and several.images == 3 * loops.step_2(other).images
 
 
 def test_every_step_starts_with_the_same_network(monkeypatch, flags):

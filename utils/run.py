@@ -42,12 +42,14 @@ class Outputs:
         finished: patterns of results; they are replaced with ``--overwrite`` alone.
         files: patterns of all that the step writes. Those that an unfinished run left behind may be replaced.
         derived: patterns of what later steps made of them, and ``--overwrite`` takes along.
+        folders: patterns of folders within the output folder. The names of their files begin with ``FOLDER/``.
     """
 
     results: tuple[str, ...] = ()
     finished: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     derived: tuple[str, ...] = ()
+    folders: tuple[str, ...] = ()
 
 
 def versions() -> dict[str, str]:
@@ -161,13 +163,21 @@ class Run:
             self._signals.restore()
             self._lock.release()
 
+    def _folders(self) -> dict[str, Path]:
+        """Return the folders that the step writes to, by what the names of their files begin with."""
+        inner = (path for path in self.folder.iterdir() if _fits(path.name, self.outputs.folders) and path.is_dir())
+        return {"": self.folder, **{f"{path.name}/": path for path in inner}}
+
     def _there(self, patterns: tuple[str, ...]) -> list[Path]:
-        """Return the files of the folder whose names fit one of the patterns.
+        """Return the files whose names fit one of the patterns.
 
         Raises:
             InputError: a folder has such a name.
         """
-        found = sorted(path for path in self.folder.iterdir() if _fits(path.name, patterns))
+        folders = self._folders().items()
+        found = sorted(
+            path for begin, folder in folders for path in folder.iterdir() if _fits(begin + path.name, patterns)
+        )
         for path in found:
             if path.is_dir() and not path.is_symlink():
                 raise InputError(f"{path}: a folder lies where a file is to be written; move it away")
@@ -176,6 +186,7 @@ class Run:
     def _protect_inputs(self) -> None:
         """Make sure that no file is read that the step writes, or removes, whatever link leads to it."""
         output = self.folder.resolve()
+        folders = {folder.resolve(): begin for begin, folder in self._folders().items()}
         patterns = self.outputs.files + self.outputs.derived
         self._there((*patterns, re.escape(self.state_path.name)))  # no folder among them
         for name, path in input_files(self.arguments).items():
@@ -184,7 +195,8 @@ class Run:
             for each in (path, card_path(path)):  # its card goes with it
                 link = Path(os.path.realpath(each.parent), each.name)
                 places = Path(os.path.realpath(each)), link  # where a link leads, and the link itself
-                if any(place.parent == output and _fits(place.name, patterns) for place in places):
+                begun = [folders[place.parent] + place.name for place in places if place.parent in folders]
+                if any(_fits(name, patterns) for name in begun):
                     self._refuse_input(name, path, "would be overwritten")
         for name, path in input_folders(self.arguments).items():
             if path.resolve() in (output, *output.parents):
