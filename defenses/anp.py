@@ -128,7 +128,7 @@ class AnpStep:
     accuracy: Tensor
 
 
-def _assign(layers: list[NoisyLayer], mask: Tensor, noise: tuple[Tensor, Tensor] | None = None) -> None:
+def assign(layers: list[NoisyLayer], mask: Tensor, noise: tuple[Tensor, Tensor] | None = None) -> None:
     """Let every layer see its part of the vectors m and (d, x), all (n,) or (R, n); nothing is copied."""
     sizes = [len(layer._parameters["weight"]) for layer in layers]
     for layer, part in zip(layers, mask.split(sizes, -1), strict=True):
@@ -148,7 +148,7 @@ def show_masks(network: nn.Module, mask: Tensor) -> None:
     Shape:
         mask: float32 (n,) or (R, n).
     """
-    _assign(list(noisy_layers(network).values()), mask.squeeze(0))  # one run needs no dimension for runs
+    assign(list(noisy_layers(network).values()), mask.squeeze(0))  # one run needs no dimension for runs
 
 
 def _each(function: Callable[..., Tensor], *parts: Sequence) -> Tensor:
@@ -194,7 +194,7 @@ def _iterate(
     layers = list(noisy_layers(network).values())
 
     def loss_of(mask, noise=None):
-        _assign(layers, mask.squeeze(0), noise and [part.squeeze(0) for part in noise])
+        assign(layers, mask.squeeze(0), noise and [part.squeeze(0) for part in noise])
         with autocast(images.device, config.precision):
             logits = network(images).float()  # (R * B, classes)
         return _each(F.cross_entropy, logits.chunk(runs), labels.chunk(runs)), logits  # (R,)

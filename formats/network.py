@@ -105,11 +105,12 @@ class Loaded:
     layout: str
 
 
-def add_network_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the network, its trigger, and what a card may say of them."""
+def add_network_flags(parser: argparse.ArgumentParser, attack: bool = True) -> None:
+    """Add the network, its trigger, and what a card may say of them; without ``attack`` no trigger can be given."""
     group = parser.add_argument_group("network")
     add_flags(group, NetworkConfig)
-    add_flags(group.add_mutually_exclusive_group(), AttackConfig)
+    if attack:
+        add_flags(group.add_mutually_exclusive_group(), AttackConfig)
     add_flags(parser.add_argument_group("model"), ModelConfig, card=True)
     add_flags(parser.add_argument_group("data"), DataConfig, card=True)
     add_flags(parser.add_argument_group("zoo"), ZooConfig)
@@ -163,7 +164,6 @@ def _load_attack(config: AttackConfig, test: ImageSet) -> Trigger | TriggeredSet
     if config.triggered_images:
         return load_triggered_folder(config.triggered_images, test)
     if not config.trigger_info:
-        announce("no --trigger-info: clean accuracy only, the attack success rate is not known")
         return None
     trigger = load_trigger_for(config.trigger_info, test)
     _check_effect(config.trigger_info, test, trigger)

@@ -28,6 +28,8 @@ def _of_seeds(patterns: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(rf"({SEED}/)?({pattern})" for pattern in patterns)
 
 
+DETECTION = (r"detection\.json", r"detect_log\.jsonl", rf"detection{PICTURES}")
+
 OUTPUTS = {
     "train": Outputs(
         ("last_model.th",),
@@ -40,6 +42,7 @@ OUTPUTS = {
         ("mask_values.txt",), _of_seeds((r"mask_values\.txt",)), _of_seeds(MASKS), _of_seeds(PRUNING), (SEED,)
     ),
     "defend": Outputs(("repaired_model.th",), (r"(repaired|compact)_model\.th",), DEFENDED),
+    "detect": Outputs(("detection.json",), (r"detection\.json",), DETECTION),
     **{
         f"pruning_by_{by}": Outputs(
             ("repaired_model.th", f"pruning_by_{by}.txt"),

@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -271,4 +271,31 @@ def plot_curve(path: Path, rows: list[dict], chosen: float) -> "Figure":
         axes.axvline(chosen, color="0.6", linewidth=1, zorder=2, label=f"chosen: t = {chosen:g}")
         axes.set(xlabel="place on the curve, t", ylabel="accuracy, ASR (%)", ylim=(-3, 103))
         figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+def plot_detection(path: Path, classes: Sequence[str], statistics: dict[str, list[float]], suspect: int) -> "Figure":
+    """Draw the statistics of every class; the suspected one is filled.
+
+    Args:
+        path: the PNG file; the PDF file lies beside it.
+        classes: their names.
+        statistics: values by class, by the label of their axis.
+        suspect: a class.
+
+    Returns:
+        The figure as it was written.
+    """
+    places = range(len(classes))
+    with _drawn(path, 9, 3.4) as figure:
+        panels = figure.subplots(1, len(statistics), squeeze=False)[0]
+        for axes, (name, values) in zip(panels, statistics.items(), strict=True):
+            colours = [VERMILLION if place == suspect else "white" for place in places]
+            axes.bar(places, values, color=colours, edgecolor=BLACK, linewidth=0.8)
+            axes.set(ylabel=name)
+            if len(classes) <= LAYER_LABELS:
+                axes.set_xticks(places, classes, rotation=90, parse_math=False)
+            else:
+                axes.set(xlabel="class")
+            axes.grid(axis="x", visible=False)
     return figure

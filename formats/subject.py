@@ -13,7 +13,7 @@ from engine.evaluation import Evaluator
 from engine.runtime import Runtime
 from formats.cards import is_compact, read_card
 from formats.checkpoints import read_state_dict
-from formats.network import add_network_flags, build_network, load_network, settle_model, try_network
+from formats.network import Loaded, add_network_flags, build_network, load_network, settle_model, try_network
 from models import ModelConfig
 from utils.config import Config, Range, add_flags, from_flags, setting
 from utils.console import announce
@@ -52,9 +52,9 @@ class SubjectConfig(Config):
     )
 
 
-def add_subject_flags(parser: argparse.ArgumentParser) -> None:
-    """Add what steps 2 and 3 share: the network to repair, the trigger, the defender's share."""
-    add_network_flags(parser)
+def add_subject_flags(parser: argparse.ArgumentParser, attack: bool = True) -> None:
+    """Add what steps 2 and 3 share: the network to repair, the trigger unless it is out of place, the clean images."""
+    add_network_flags(parser, attack)
     group = parser.add_argument_group("clean images")
     add_flags(group, SubjectConfig)
     add_flags(group, SourceConfig)
@@ -120,19 +120,8 @@ def load_surrogate(
     return network, Normalization(tuple(known["mean"]), tuple(known["std"]))
 
 
-def load_subject(
-    args: argparse.Namespace, runtime: Runtime, batch_size: int | None = None
-) -> tuple[Subject, Evaluator]:
-    """Load what a defender sees and, apart from it, what the defence is judged on; print what was found.
-
-    Args:
-        args: with the flags of ``add_subject_flags``.
-        runtime: where to run.
-        batch_size: images in an evaluation batch; None for the evaluator's own.
-
-    Raises:
-        InputError: as ``load_network``, or the split is not the one on which the network was trained.
-    """
+def load_defender(args: argparse.Namespace, runtime: Runtime) -> tuple[Subject, Loaded]:
+    """Load what a defender sees, and all that came with it; arguments and errors as for ``load_subject``."""
     source, share = from_flags(SourceConfig, args), from_flags(SubjectConfig, args).val_frac
     loaded = load_network(args, source.data_dir, runtime)
     dataset, card = loaded.dataset, loaded.card
@@ -153,11 +142,30 @@ def load_subject(
             "layout": loaded.layout,
         },
     }
-    subject = Subject(loaded.network, loaded.normalization, dataset.flip, clean, described)
+    return Subject(loaded.network, loaded.normalization, dataset.flip, clean, described), loaded
+
+
+def load_subject(
+    args: argparse.Namespace, runtime: Runtime, batch_size: int | None = None
+) -> tuple[Subject, Evaluator]:
+    """Load what a defender sees and, apart from it, what the defence is judged on; print what was found.
+
+    Args:
+        args: with the flags of ``add_subject_flags``.
+        runtime: where to run.
+        batch_size: images in an evaluation batch; None for the evaluator's own.
+
+    Raises:
+        InputError: as ``load_network``, or the split is not the one on which the network was trained.
+    """
+    subject, loaded = load_defender(args, runtime)
+    test, clean = loaded.dataset.test, subject.clean
     sizes = {"batch_size": batch_size} if batch_size else {}
-    evaluator = Evaluator(dataset.test, loaded.attack, loaded.normalization, runtime.precision, clean, **sizes)
+    evaluator = Evaluator(test, loaded.attack, subject.normalization, runtime.precision, clean, **sizes)
     images = sum(len(each) for each in evaluator.sets.values() if each)
-    announce(f"{len(clean)} clean images of {dataset.name}; every row measures {images} images")
+    if loaded.attack is None:
+        announce("no --trigger-info: clean accuracy only, the attack success rate is not known")
+    announce(f"{len(clean)} clean images of {loaded.dataset.name}; every row measures {images} images")
     return subject, evaluator
 
 

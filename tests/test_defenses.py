@@ -402,10 +402,10 @@ def test_a_planted_channel_is_pruned_and_no_other(network, clean):
 
 def test_the_bound_is_the_largest_singular_value_times_the_scale():
     convolution, norm = nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2, eps=0.5)
-    norm.weight.data[:] = torch.tensor([-2.0, 1.0])
+    norm.weight.data[:] = torch.tensor([-3.0, 1.0])
     norm.running_var[:] = torch.tensor([3.5, 0.5])
     values = [torch.linalg.svdvals(convolution.weight[channel].reshape(3, 9))[0] for channel in range(2)]
-    expected = torch.stack([values[0] * 2 / math.sqrt(4), values[1] / math.sqrt(1)])
+    expected = torch.stack([values[0] * 3 / math.sqrt(4), values[1] / math.sqrt(1)])
     torch.testing.assert_close(lipschitz_bounds(convolution, norm), expected.detach())
 
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = {str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}
 README = DOCUMENTS["README.md"]
 STEPS = ("train_backdoor_cifar", "optimize_mask_cifar", "prune_neuron_cifar")
-SCRIPTS = (*STEPS, "defend_cifar", "evaluate_cifar", "model_zoo")
+SCRIPTS = (*STEPS, "defend_cifar", "detect_cifar", "evaluate_cifar", "model_zoo")
 PROGRAMS = {f"{name}.py": importlib.import_module(name) for name in SCRIPTS} | {
     "benchmarks.speed": speed,
     "benchmarks.same_place": same_place,

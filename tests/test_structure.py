@@ -22,6 +22,7 @@ SCRIPTS = [
         "evaluate_cifar",
         "model_zoo",
         "defend_cifar",
+        "detect_cifar",
     )
 ]
 FILES = [path for rank in ORDER for package in rank for path in sorted((ROOT / package).rglob("*.py"))]

@@ -1,0 +1,262 @@
+"""Is a network backdoored, and to which class? Told from the network and a few clean images, without the trigger.
+
+Two statistics of every class t. A class whose statistic is an outlier among the others' is suspected.
+
+The *margin* (Wang, Xiang, Miller & Kesidis, *MM-BD: Post-Training Detection of Backdoor Attacks with Arbitrary Backdoor
+Pattern Types Using a Maximum Margin Statistic*, IEEE S&P 2024): the largest z_t - max over other classes of z that
+gradient ascent finds from random images. A backdoor makes it large for the target class. It needs no data.
+
+The *noise*: the share of clean images of other classes that end in class t when all neurons are perturbed towards it,
+as ANP perturbs them away from the truth (Wu & Wang, NeurIPS 2021, equation 4), with the statistics of the batch.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data.augment import normalize
+from data.datasets import Normalization
+from defenses.anp import assign
+from defenses.defense import CleanImages
+from engine.runtime import autocast
+from models.noisy_layers import NoisyBatchNorm, convert_noisy, noisy_layers
+from utils.config import Config, Range, one_of, setting
+from utils.errors import InputError
+from utils.seeding import seeded_generator
+
+FEWEST = 4  # classes: what is an outlier among fewer?
+STEP = 2 / 3  # of a noise's ascent, as a share of eps
+MOMENTUM = 0.9  # of a margin's ascent
+TOGETHER = 2000  # images of 32x32 pixels in one pass
+
+
+@dataclass(frozen=True)
+class DetectionConfig(Config):
+    """Settings of the detector.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    level: float = setting(0.05, "p-value up to which a network is called backdoored", Range(0, 1))
+    margin_images: int = setting(8, "random images from which a margin is searched", Range(1, 10_000))
+    margin_steps: int = setting(100, "ascent steps of a margin", Range(1, 1e6))
+    margin_rate: float = setting(0.1, "length of such a step, in L2, on the 0..1 scale", Range(0, open_low=True))
+    noise_eps: float = setting(0.2, "size of the noise relative to the weights", Range(0, open_low=True))
+    noise_steps: int = setting(3, "ascent steps of the noise", Range(1, 1e6))
+    noise_images: int = setting(200, "clean images of other classes for each class's noise", Range(2, 1e6))
+    seed: int = setting(0, "decides the random images", Range(0))
+    precision: torch.dtype = one_of(torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """One statistic of every class, and how far the largest stands out.
+
+    Attributes:
+        values: by class.
+        suspect: the class of the largest.
+        p_value: 0..1; how likely the largest of so many classes is as large where no class is special.
+    """
+
+    values: list[float]
+    suspect: int
+    p_value: float
+
+    @classmethod
+    def of(cls, values: Tensor) -> "Statistic":
+        """Compare the largest value with the others: a gamma distribution of their mean and variance (MM-BD, sec. 4).
+
+        Args:
+            values: float (K,), 0 or more.
+        """
+        values = values.double()
+        suspect = int(values.argmax())
+        others = torch.cat([values[:suspect], values[suspect + 1 :]])
+        mean, variance = others.mean(), others.var()
+        if variance <= 0:
+            return cls(values.tolist(), suspect, float(values[suspect] <= mean))
+        below = torch.special.gammainc(mean.square() / variance, values[suspect] * mean / variance)
+        return cls(values.tolist(), suspect, float(1 - below ** len(values)))
+
+
+@dataclass(frozen=True)
+class Detection:
+    """What the detector found.
+
+    Attributes:
+        statistics: by name; ``margin``, and ``noise`` where there are clean images.
+        backdoored: the verdict.
+        suspect: the class whose statistic stands out most.
+        p_value: of the statistic that stands out most, times the number of statistics.
+    """
+
+    statistics: dict[str, Statistic]
+    backdoored: bool
+    suspect: int
+    p_value: float
+
+    @classmethod
+    def of(cls, statistics: dict[str, Statistic], level: float) -> "Detection":
+        """Combine statistics; with two of them each has half of the level."""
+        most = min(statistics.values(), key=lambda statistic: statistic.p_value)
+        p_value = min(1.0, len(statistics) * most.p_value)
+        return cls(statistics, p_value <= level, most.suspect, p_value)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all of it in plain containers."""
+        return {
+            "backdoored": self.backdoored,
+            "suspect": self.suspect,
+            "p_value": self.p_value,
+            "statistics": {name: vars(statistic) for name, statistic in self.statistics.items()},
+        }
+
+
+def _groups(count: int, each: int, size: tuple[int, int]) -> Iterator[Tensor]:
+    """Yield the classes in groups of which one pass computes all images, ``each`` of a class."""
+    images = max(1, TOGETHER * 32 * 32 // (size[0] * size[1]))
+    yield from torch.arange(count).split(max(1, images // each))
+
+
+@torch.enable_grad()
+def margins(
+    network: nn.Module, num_classes: int, size: tuple[int, int], normalization: Normalization, config: DetectionConfig
+) -> Tensor:
+    """Return the largest margin of each class that was found: float32 (K,), 0 where it never wins.
+
+    Args:
+        network: in eval mode.
+        num_classes: K.
+        size: height and width of its images, in pixels.
+        normalization: of its input.
+        config: the settings.
+    """
+    device = next(network.parameters()).device
+    generator = seeded_generator(config.seed, "margin")
+    starts = torch.rand(config.margin_images, *size, 3, generator=generator).to(device)  # (B, H, W, 3), 0..1
+    found = []
+    for group in _groups(num_classes, len(starts), size):
+        targets = group.repeat_interleave(len(starts)).to(device)  # (G * B,)
+        images, speed = starts.repeat(len(group), 1, 1, 1), 0.0
+        for _ in range(config.margin_steps):
+            images = images.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(_margin(network, images, targets, normalization, config).sum(), images)
+            slope = slope / slope.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
+            speed = MOMENTUM * speed + slope
+            images = (images.detach() + config.margin_rate * speed).clamp(0, 1)
+        with torch.no_grad():
+            margin = _margin(network, images, targets, normalization, config)
+        found.append(margin.view(len(group), -1).amax(1))
+    return torch.cat(found).clamp_min(0).cpu()
+
+
+def _margin(
+    network: nn.Module, images: Tensor, targets: Tensor, normalization: Normalization, config: DetectionConfig
+) -> Tensor:
+    """Return z_t - max of the others for images (B, H, W, 3) in 0..1 and targets (B,): float32 (B,)."""
+    with autocast(images.device, config.precision):
+        logits = network(normalize(255 * images, normalization)).float()  # (B, K)
+    others = logits.scatter(1, targets[:, None], -torch.inf).amax(1)
+    return logits.gather(1, targets[:, None])[:, 0] - others
+
+
+@torch.enable_grad()
+def targeted_noise(network: nn.Module, clean: CleanImages, num_classes: int, config: DetectionConfig) -> Tensor:
+    """Return the share of clean images of other classes that a noise towards each class sends there: float32 (K,).
+
+    Args:
+        network: with neurons; it is not changed.
+        clean: the defender's images.
+        num_classes: K.
+        config: the settings.
+
+    Raises:
+        InputError: the network has no neuron that can be perturbed, or a class has too few images of others.
+    """
+    noisy = convert_noisy(network).requires_grad_(False).eval()
+    layers = list(noisy_layers(noisy).values())
+    for layer in layers:
+        layer.training = isinstance(layer, NoisyBatchNorm)  # as in ANP: statistics of the batch
+    grouped = all(type(layer) is NoisyBatchNorm for layer in layers)
+    inputs = torch.cat([inputs for inputs, _ in clean.batches()])  # (N, ...)
+    counts = [int((clean.labels != target).sum()) for target in range(num_classes)]
+    count = min(config.noise_images, *counts)
+    if count < 2:
+        raise InputError(f"{len(clean)} clean images, all but {count} of one class: too few for a noise towards it")
+    found = []
+    size = tuple(inputs.shape[-2:]) if inputs.dim() == 4 else (32, 32)
+    for group in _groups(num_classes, count, size) if grouped else torch.arange(num_classes).split(1):
+        index = torch.cat([(clean.labels != int(target)).nonzero()[:count, 0] for target in group])  # (G * count,)
+        targets = group.repeat_interleave(count).to(inputs.device)
+        found.append(_reached(noisy, layers, inputs[index], targets, len(group), config))
+    return torch.cat(found).cpu()
+
+
+def _reached(
+    noisy: nn.Module, layers: list, inputs: Tensor, targets: Tensor, classes: int, config: DetectionConfig
+) -> Tensor:
+    """Perturb the neurons towards the targets of each of some classes; return the share that gets there: (classes,)."""
+    neurons = sum(len(layer._parameters["weight"]) for layer in layers)
+    mask = torch.ones(classes, neurons, device=inputs.device)
+    noise = [torch.zeros_like(mask) for _ in range(2)]  # d and x of each class
+
+    def logits_of(noise: list[Tensor]) -> Tensor:
+        assign(layers, mask.squeeze(0), [part.squeeze(0) for part in noise])
+        with autocast(inputs.device, config.precision):
+            return noisy(inputs).float()  # (classes * count, K)
+
+    for _ in range(config.noise_steps):
+        noise = [part.detach().requires_grad_() for part in noise]
+        loss = -F.cross_entropy(logits_of(noise), targets, reduction="sum")  # a class's noise sees its own images alone
+        slopes = torch.autograd.grad(loss, noise, materialize_grads=True)
+        eps = config.noise_eps
+        noise = [(part + STEP * eps * g.sign()).clamp(-eps, eps) for part, g in zip(noise, slopes, strict=True)]
+    with torch.no_grad():
+        return (logits_of(noise).argmax(1) == targets).float().view(classes, -1).mean(1)
+
+
+def detect(
+    network: nn.Module,
+    num_classes: int,
+    size: tuple[int, int],
+    normalization: Normalization,
+    clean: CleanImages | None = None,
+    config: DetectionConfig | None = None,
+    tell: Callable[[str], None] = lambda name: None,
+) -> Detection:
+    """Say whether a network is backdoored.
+
+    Args:
+        network: any classifier of images in 0..1 once normalised; for the noise it needs neurons. It is not changed.
+        num_classes: its classes, 4 or more.
+        size: height and width of its images, in pixels.
+        normalization: of its input.
+        clean: the defender's images; None: the margin alone, which needs none.
+        config: the settings.
+        tell: called with the name of each statistic before it is computed.
+
+    Raises:
+        InputError: there are too few classes, or as ``targeted_noise``.
+    """
+    config = config or DetectionConfig()
+    if num_classes < FEWEST:
+        raise InputError(f"{num_classes} classes: among fewer than {FEWEST} none can stand out")
+    frozen = [parameter.requires_grad for parameter in network.parameters()]
+    training = network.training
+    network.requires_grad_(False).eval()
+    try:
+        tell("margin")
+        statistics = {"margin": Statistic.of(margins(network, num_classes, size, normalization, config))}
+        if clean is not None:
+            tell("noise")
+            statistics["noise"] = Statistic.of(targeted_noise(network, clean, num_classes, config))
+    finally:
+        network.train(training)
+        for parameter, wanted in zip(network.parameters(), frozen, strict=True):
+            parameter.requires_grad_(wanted)
+    return Detection.of(statistics, config.level)

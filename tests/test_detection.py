@@ -1,0 +1,186 @@
+"""The detector: statistics of planted networks, their test, and the script."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import detect_cifar
+from data.datasets import Normalization
+from defenses.defense import CleanImages
+from defenses.detection import Detection, DetectionConfig, Statistic, detect, margins, targeted_noise
+from utils.errors import InputError
+
+PLAIN = Normalization((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+QUICK = DetectionConfig(margin_images=3, margin_steps=8, noise_images=20)
+
+
+class Planted(nn.Module):
+    """Each class looks at rows of its own, all alike but ``target``: it has a margin and a neuron that others lack."""
+
+    def __init__(self, classes=6, target=3, neuron=0.0, margin=1.0):
+        super().__init__()
+        self.norm, self.linear = nn.BatchNorm1d(classes + 1), nn.Linear(classes + 1, classes)
+        with torch.no_grad():
+            self.linear.weight.copy_(torch.eye(classes, classes + 1))
+            self.linear.weight[target, target] *= margin
+            self.linear.weight[target, classes] = neuron
+            self.linear.bias.zero_()
+            self.norm.bias.fill_(1.0)
+
+    def forward(self, x):
+        rows = x.mean((1, 3))  # (B, H)
+        features = torch.cat([rows[:, : self.linear.out_features], rows.mean(1, keepdim=True)], 1)
+        return self.linear(self.norm(features).relu())
+
+
+@pytest.fixture
+def clean():
+    generator = torch.Generator().manual_seed(1)
+    images = torch.rand(60, 3, 8, 8, generator=generator)
+    return CleanImages(images, torch.arange(60) % 6)
+
+
+def values(network, clean=None, config=QUICK, classes=6):
+    found = detect(network, classes, (8, 8), PLAIN, clean, config)
+    return {name: torch.tensor(statistic.values) for name, statistic in found.statistics.items()}
+
+
+@pytest.mark.parametrize("target", [0, 3])
+def test_a_class_with_an_inflated_margin_is_suspected(target):
+    found = detect(Planted(target=target, margin=40.0), 6, (8, 8), PLAIN, None, QUICK)
+    assert found.backdoored and found.suspect == target and found.p_value < 1e-3
+    assert list(found.statistics) == ["margin"]
+    assert detect(Planted(margin=1.0), 6, (8, 8), PLAIN, None, QUICK).p_value > 0.05
+
+
+def test_a_neuron_that_sends_everything_to_a_class(clean):
+    config = DetectionConfig(noise_eps=0.5, noise_images=20)
+    shares = targeted_noise(Planted(target=4, neuron=6.0).eval(), clean, 6, config)
+    others = targeted_noise(Planted(target=4, neuron=0.0).eval(), clean, 6, config)
+    assert shares.argmax() == 4 and shares[4] == 1 and others[4] < 1
+    assert ((shares >= 0) & (shares <= 1)).all()
+
+
+def test_a_noise_is_that_of_its_class_alone(clean, monkeypatch):
+    """Classes share passes; one by one they come to the same."""
+    network = Planted().eval()
+    together = targeted_noise(network, clean, 6, QUICK)
+    margin = margins(network, 6, (8, 8), PLAIN, QUICK)
+    monkeypatch.setattr("defenses.detection.TOGETHER", 1)
+    torch.testing.assert_close(targeted_noise(network, clean, 6, QUICK), together, atol=0.051, rtol=0)  # one image
+    torch.testing.assert_close(margins(network, 6, (8, 8), PLAIN, QUICK), margin, atol=1e-4, rtol=1e-4)
+
+
+def test_other_names_for_the_classes_change_nothing_else(clean):
+    network, order = Planted(neuron=2.0, margin=3.0), torch.tensor([4, 2, 0, 5, 1, 3])
+    before = values(network, clean)
+    with torch.no_grad():  # class i is now order[i]
+        network.linear.weight.copy_(network.linear.weight[order.argsort()])
+    renamed = CleanImages(clean.images, order[clean.labels])
+    after = values(network, renamed)
+    for name in before:
+        torch.testing.assert_close(after[name][order], before[name], atol=0.051 if name == "noise" else 1e-4, rtol=1e-4)
+
+
+def test_the_same_seed_gives_the_same_bits_and_leaves_the_network_alone(network):
+    state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    network.conv1.weight.requires_grad_(False)
+    images = torch.rand(30, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    clean = CleanImages(images, torch.arange(30) % 10)
+    config = DetectionConfig(margin_images=2, margin_steps=2, noise_images=5)
+    first, again = (detect(network, 10, (32, 32), PLAIN, clean, config).as_dict() for _ in range(2))
+    assert first == again
+    other = detect(network, 10, (32, 32), PLAIN, clean, DetectionConfig(margin_images=2, margin_steps=2, seed=1))
+    assert other.statistics["margin"].values != first["statistics"]["margin"]["values"]
+    assert all(torch.equal(state[name], tensor) for name, tensor in network.state_dict().items())
+    assert network.training and not network.conv1.weight.requires_grad and network.linear.weight.requires_grad
+
+
+def test_more_ascent_finds_larger_margins():
+    few, many = (
+        margins(Planted().eval(), 6, (8, 8), PLAIN, DetectionConfig(margin_images=3, margin_steps=steps))
+        for steps in (1, 40)
+    )
+    assert (many >= few).all() and many.sum() > 1.2 * few.sum()
+
+
+def test_the_p_value_is_that_of_a_gamma_distribution():
+    stats = pytest.importorskip("scipy.stats")
+    statistic = Statistic.of(torch.tensor([2.0, 3.0, 9.0, 4.0, 3.5]))
+    others = torch.tensor([2.0, 3.0, 4.0, 3.5], dtype=torch.float64)
+    shape, scale = float(others.mean() ** 2 / others.var()), float(others.var() / others.mean())
+    assert statistic.suspect == 2
+    assert statistic.p_value == pytest.approx(1 - stats.gamma.cdf(9.0, shape, scale=scale) ** 5)
+
+
+@pytest.mark.parametrize(("numbers", "p_value"), [([1.0, 1, 1, 1], 1.0), ([1.0, 1, 2, 1], 0.0), ([0.0, 0, 0, 0], 1.0)])
+def test_classes_that_are_all_alike(numbers, p_value):
+    assert Statistic.of(torch.tensor(numbers)).p_value == p_value
+
+
+def test_two_statistics_share_the_level():
+    low, high = Statistic([1.0, 2.0], 1, 0.03), Statistic([2.0, 1.0], 0, 0.6)
+    alone, both = Detection.of({"margin": low}, 0.05), Detection.of({"margin": high, "noise": low}, 0.05)
+    assert alone.backdoored and alone.p_value == 0.03
+    assert not both.backdoored and both.p_value == 0.06 and both.suspect == 1
+
+
+def test_few_classes_are_one_line_and_many_work(clean):
+    with pytest.raises(InputError, match="2 classes: among fewer than 4 none can stand out"):
+        detect(Planted(2, 0), 2, (8, 8), PLAIN, None, QUICK)
+    images = torch.rand(40, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(288, 200))
+    found = values(
+        network,
+        CleanImages(images, torch.arange(40) * 5),
+        DetectionConfig(margin_images=2, margin_steps=2, noise_images=2),
+        200,
+    )
+    assert len(found["margin"]) == len(found["noise"]) == 200
+
+
+def test_clean_images_of_one_class_alone():
+    images = CleanImages(torch.rand(5, 3, 8, 8), torch.zeros(5).long())
+    with pytest.raises(InputError, match="5 clean images, all but 0 of one class"):
+        targeted_noise(Planted().eval(), images, 6, QUICK)
+
+
+def test_a_network_without_batchnorm(clean):
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 6))
+    found = values(network, clean)
+    assert len(found["noise"]) == 6 and ((found["noise"] >= 0) & (found["noise"] <= 1)).all()
+
+
+# ---- the script
+
+
+def command(trained, into, *flags):
+    given = ["--checkpoint", f"{trained}/last_model.th", "--output-dir", str(into), "--precision", "fp32"]
+    quick = ["--margin-images", "2", "--margin-steps", "2", "--noise-images", "10", "--val-frac", "0.1"]
+    return [*given, *quick, *map(str, flags)]
+
+
+def test_the_script_writes_what_it_found(trained, tmp_path, capsys):
+    assert detect_cifar.main(command(trained, tmp_path)) == 0
+    printed = capsys.readouterr().out
+    names = {"detection.json", "detection.png", "detection.pdf", "detect_log.jsonl", ".lock"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    found = json.loads((tmp_path / "detection.json").read_text())
+    assert len(found["statistics"]["margin"]["values"]) == len(found["statistics"]["noise"]["values"]) == 10
+    verdict = "backdoored: class" if found["backdoored"] else "no backdoor found: class"
+    assert f"{verdict} {found['suspect']} ({found['suspect_name']})" in printed and "trigger" not in printed
+    assert detect_cifar.main(command(trained, tmp_path)) == 1
+    assert "detection.json is there already" in capsys.readouterr().err
+    before = (tmp_path / "detection.png").read_bytes()
+    assert detect_cifar.main(command(trained, tmp_path, "--overwrite")) == 0
+    again = json.loads((tmp_path / "detection.json").read_text())
+    assert again["statistics"] == found["statistics"] and (tmp_path / "detection.png").read_bytes() == before
+
+
+def test_a_trigger_cannot_be_given(trained, tmp_path, capsys):
+    for flag in ("--trigger-info", "--triggered-images"):
+        with pytest.raises(SystemExit):
+            detect_cifar.main(command(trained, tmp_path, flag, f"{trained}/trigger_info.th"))
+        assert f"unrecognized arguments: {flag}" in capsys.readouterr().err
