@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := save/demo
+# One test process a core, each with one thread.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 .PHONY: demo test test-all lint format tables clean
 
@@ -20,10 +22,10 @@ demo: .venv/.ready
 	@ls $(DEMO)/*.png $(DEMO)/*.pdf
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 lint: .venv/.ready
 	$(BIN)/ruff check .
