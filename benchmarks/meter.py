@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 STRETCHES = 4  # of calls, of which the best counts
 CALLS = {"cpu": 3, "cuda": 200}  # in a stretch; a call takes a GPU a fraction of a millisecond
 BUSY = 1.1  # ratio of two measurements of the same peak above which something else was computing
+OTHERS = 0.2  # CPUs that others may use
 # Operators on a CPU, kernels on a GPU. convertTensor and upsample_bilinear are neither.
 MIXING = re.compile(
     r"conv(?!ert)|mkldnn_|aten::(linear|matmul|(b|add|badd)?mm)$|gemm|gemv|scudnn|xmma|cutlass|nvjet|splitK"
@@ -60,9 +61,17 @@ def peak_flops(device: torch.device, precision: torch.dtype, batch: int = 64, ch
     return calls * 2 * batch * 32 * 32 * channels * channels * 9 / best
 
 
-def changed_peaks(before: dict[str, float], after: dict[str, float]) -> list[str]:
-    """Return the names of the peaks whose two measurements differ by more than 10 %: the machine was busy."""
-    return [name for name in before if max(before[name], after[name]) > BUSY * min(before[name], after[name])]
+def signs_of_others(before: dict[str, float], after: dict[str, float], used: Iterable[float | None]) -> list[str]:
+    """Return what shows that others were computing on this machine meanwhile.
+
+    Args:
+        before, after: two measurements of each peak, which may differ by 10 %.
+        used: how many CPUs others used when somebody looked, None where that is not known.
+    """
+    changed = [name for name in before if max(before[name], after[name]) > BUSY * min(before[name], after[name])]
+    signs = [f"its peak in {' and '.join(changed)} changed by more than 10 %"] if changed else []
+    most = max((count for count in used if count is not None), default=0.0)
+    return [*signs, f"others used {most:.1f} CPUs"] if most > OTHERS else signs
 
 
 def profiled(work: Callable[[], object], device: torch.device) -> EventList:

@@ -7,7 +7,8 @@
 
 Every figure is the median over --rounds, plain and fast loop taking turns. The share of peak compares a loop's
 convolution and matrix FLOP/s with one large convolution in the same precision, measured before and after everything
-else: where the two differ by more than 10 % the machine was busy, no ratio is shown, and the exit status is 1.
+else. Where the two differ by more than 10 %, or others use more than 0.2 CPUs before or after, the machine was busy, no
+ratio is shown, and the exit status is 1.
 `not conv` is the share of time that is neither convolution nor matrix product, from a stretch of its own under the
 profiler. With --json everything is written as a result file for benchmarks.tables.
 """
@@ -27,7 +28,7 @@ from typing import Any
 import torch
 
 from benchmarks.loops import STEPS, Loops, Setup
-from benchmarks.meter import changed_peaks, costliest, peak_flops, profiled, seconds, split_time
+from benchmarks.meter import costliest, peak_flops, profiled, seconds, signs_of_others, split_time
 from benchmarks.tables import portable, result_text
 from data.datasets import DataConfig, SourceConfig, load_dataset
 from data.split import load_permutation
@@ -40,9 +41,11 @@ from utils.console import announce
 from utils.errors import InputError
 from utils.files import write_text
 from utils.guard import guard
+from utils.machine import find_cpus
 from utils.run import versions
 from utils.seeding import seeded_generator, seeded_weights
 
+LOOK = 2.0  # seconds for which the load of others is counted
 BATCHES = {"cpu": 3, "cuda": 50}
 NAMES = {precision: name for name, precision in PRECISIONS.items()}
 
@@ -219,26 +222,28 @@ def run(args: argparse.Namespace, command: str) -> None:
         f"{from_flags(ModelConfig, args)}, {setup.dataset.name}, {runtime}, {facts['hardware']}, "
         f"torch {facts['versions']['torch']}; medians, --rounds {config.rounds}, --batches {setup.batches}"
     )
+    used = [find_cpus(seconds=LOOK).busy]
     before = measure_peaks(runtime)
     print_row("images/s", "batch", "plain", "this project", "not conv")
     rows = [measure(name, setup, config.rounds, name == config.profile) for name in config.chosen]
     after = measure_peaks(runtime)
-    changed = changed_peaks(before, after)
+    used.append(find_cpus(seconds=LOOK).busy)
+    signs = signs_of_others(before, after, used)
     peaks = {name: max(before[name], after[name]) for name in before}
-    if not changed:
+    if not signs:
         rows = [{**row, **ratios(row, peaks, facts["precision"])} for row in rows]
     if config.json:
         measured = {"peaks_gflops": peaks, "peaks_before": before, "peaks_after": after}
         measured = {key: {name: round(peak, 1) for name, peak in value.items()} for key, value in measured.items()}
         source = "Written by python -m benchmarks.speed --json."
-        result = {**facts, **measured, "busy": bool(changed), "rows": rows, "other_runs": [], "source": source}
+        result = {**facts, **measured, "busy": bool(signs), "rows": rows, "other_runs": [], "source": source}
         write_text(config.json, result_text(result))
     shown = ", ".join(f"{before[name]:.0f} and {after[name]:.0f} GFLOP/s in {name}" for name in before)
     announce(f"peak, one large convolution before and after: {shown}")
-    if changed:
+    if signs:
         raise InputError(
-            f"the machine was busy: its peak in {' and '.join(changed)} changed by more than 10 % meanwhile, so no "
-            "ratios are shown; repeat it when nothing else is running"
+            f"the machine was busy: {' and '.join(signs)} meanwhile, so no ratios are shown; repeat it when nothing "
+            "else is running"
         )
     print_row("", "of fp32 peak", f"of {facts['precision']} peak", "speed-up")
     for row in rows:

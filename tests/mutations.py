@@ -37,6 +37,40 @@ def _of(file: str, *mutations: tuple[str, str, str, str]) -> list[Mutation]:
 
 MUTATIONS = [
     *_of(
+        "defenses/detection.py",
+        (
+            "detector: the smallest margin",
+            "found.append(margin.view(len(group), -1).amax(1))",
+            "found.append(margin.view(len(group), -1).amin(1))",
+            "test_detection.py -k seed_gives",
+        ),
+        (
+            "detector: noise away from the class",
+            "loss = -F.cross_entropy",
+            "loss = F.cross_entropy",
+            "test_detection.py -k neuron_that",
+        ),
+        (
+            "detector: running statistics",
+            "layer.training = isinstance(layer, NoisyBatchNorm)",
+            "layer.training = False",
+            "test_detection.py -k neuron_that",
+        ),
+        ("detector: one class is many tests", "1 - below ** len(values)", "1 - below", "test_detection.py -k gamma"),
+        (
+            "detector: each statistic has the whole level",
+            "min(1.0, len(statistics) * most.p_value)",
+            "most.p_value",
+            "test_detection.py -k share_the_level",
+        ),
+        (
+            "detector: images of the class itself",
+            "(clean.labels != int(target)).nonzero()[:count, 0]",
+            "clean.labels.nonzero()[:count, 0]",
+            "test_detection.py -k neuron_that",
+        ),
+    ),
+    *_of(
         "defenses/tuning.py",
         (
             "FT: gradients of pruned neurons",
@@ -984,14 +1018,14 @@ MUTATIONS = [
         ),
         (
             "evaluated on the training set",
-            "Evaluator(dataset.test, loaded.attack, loaded.normalization",
-            "Evaluator(dataset.train, loaded.attack, loaded.normalization",
+            "test, clean = loaded.dataset.test, subject.clean",
+            "test, clean = loaded.dataset.train, subject.clean",
             "test_scripts.py -k defender_holds",
         ),
         (
             "evaluated with the dataset's normalisation",
-            "Evaluator(dataset.test, loaded.attack, loaded.normalization",
-            "Evaluator(dataset.test, loaded.attack, dataset.normalization",
+            "Evaluator(test, loaded.attack, subject.normalization",
+            "Evaluator(test, loaded.attack, loaded.dataset.normalization",
             "test_scripts.py -k normalisation",
         ),
         (
@@ -1754,10 +1788,10 @@ MUTATIONS = [
             "before[name]",
             "test_speed.py -k better_one",
         ),
-        ("speed: ratios of a busy machine", "    if not changed:\n", "    if True:\n", "test_speed.py -k busy_machine"),
+        ("speed: ratios of a busy machine", "    if not signs:\n", "    if True:\n", "test_speed.py -k busy_machine"),
         (
             "speed: a busy machine is no failure",
-            "    if changed:\n",
+            "    if signs:\n",
             "    if False:\n",
             "test_speed.py -k busy_machine",
         ),

@@ -22,6 +22,7 @@ from defenses import AnpConfig
 from engine.evaluation import EVALUATION_BATCH, Evaluator
 from engine.runtime import Runtime
 from engine.training import TrainConfig
+from utils.machine import Cpus
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 NETWORK = """from torch import nn
@@ -47,9 +48,10 @@ def narrow_generators(monkeypatch):
     monkeypatch.setattr(loops, "InputAwareAllToAll", partial(InputAwareAllToAll, generator_width=1 / 16))
 
 
-def peaks(monkeypatch, *gflops):
-    """Let the peaks be these: fp32 and bf16 before, then after."""
-    values = iter(gflops)
+def peaks(monkeypatch, *gflops, used=0.0):
+    """Let the peaks be these: fp32 and bf16 before, then after; and others use so many CPUs at the end."""
+    values, loads = iter(gflops), iter((0.0, used))
+    monkeypatch.setattr(speed, "find_cpus", lambda seconds: Cpus(2, busy=next(loads)))
     monkeypatch.setattr(speed, "peak_flops", lambda device, precision: 1e9 * next(values))
     return values
 
@@ -65,17 +67,25 @@ def make_setup(flags, *others):
 @pytest.mark.parametrize(
     ("before", "after", "changed"),
     [
-        ((100, 300), (100, 300), []),
-        ((100, 300), (110, 273), []),
-        ((100, 300), (111, 300), ["fp32"]),
-        ((111, 300), (100, 300), ["fp32"]),
-        ((100, 300), (100, 272), ["bf16"]),
-        ((100, 300), (50, 600), ["fp32", "bf16"]),
+        ((100, 300), (100, 300), None),
+        ((100, 300), (110, 273), None),
+        ((100, 300), (111, 300), "fp32"),
+        ((111, 300), (100, 300), "fp32"),
+        ((100, 300), (100, 272), "bf16"),
+        ((100, 300), (50, 600), "fp32 and bf16"),
     ],
 )
 def test_a_peak_that_changed_by_more_than_a_tenth(before, after, changed):
-    names = "fp32", "bf16"
-    assert meter.changed_peaks(*(dict(zip(names, each, strict=True)) for each in (before, after))) == changed
+    peaks = [dict(zip(("fp32", "bf16"), each, strict=True)) for each in (before, after)]
+    sign = f"its peak in {changed} changed by more than 10 %"
+    assert meter.signs_of_others(*peaks, [0.2, None]) == ([sign] if changed else [])
+
+
+@pytest.mark.parametrize(
+    ("used", "signs"), [([0.1, 0.2], []), ([None, None], []), ([0.0, 1.06], ["others used 1.1 CPUs"])]
+)
+def test_a_load_that_stays_the_same_is_noticed(used, signs):
+    assert meter.signs_of_others({"fp32": 100}, {"fp32": 100}, used) == signs
 
 
 @pytest.fixture(scope="module")
@@ -150,14 +160,18 @@ def test_the_titles_are_those_of_the_results():
     assert [row["loop"] for row in known["rows"]] == [title for title, _ in STEPS.values()]
 
 
-def test_a_busy_machine_gets_rates_and_no_ratios(monkeypatch, capsys, flags, tmp_path):
-    peaks(monkeypatch, 100, 300, 80, 300)
+@pytest.mark.parametrize(
+    ("fp32", "used", "sign"),
+    [(80, 0.0, "its peak in fp32 changed by more than 10 %"), (100, 0.7, "others used 0.7 CPUs")],
+)
+def test_a_busy_machine_gets_rates_and_no_ratios(fp32, used, sign, monkeypatch, capsys, flags, tmp_path):
+    peaks(monkeypatch, 100, 300, fp32, 300, used=used)
     path = tmp_path / "speed.json"
     assert speed.main([*flags, "--steps", "step-2", "step-3", "--json", str(path)]) == 1
     out, err = capsys.readouterr()
     (line,) = err.splitlines()
-    assert line.startswith("speed: error: the machine was busy: its peak in fp32 changed by more than 10 %")
-    assert "100 and 80 GFLOP/s in fp32" in out and "speed-up" not in out and "of fp32 peak" not in out
+    assert line.startswith(f"speed: error: the machine was busy: {sign} meanwhile")
+    assert f"100 and {fp32} GFLOP/s in fp32" in out and "speed-up" not in out and "of fp32 peak" not in out
     result = json.loads(path.read_text())
     assert result["busy"] is True and [row["step"] for row in result["rows"]] == ["step-2", "step-3"]
     for row in result["rows"]:
