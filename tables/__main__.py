@@ -70,7 +70,8 @@ def snakemake(plan: Path, args: argparse.Namespace, others: list[str]) -> list[s
 def work(args: argparse.Namespace, others: list[str]) -> None:
     """Plan, and run or render; where it runs, this process becomes Snakemake."""
     check_installed()
-    from tables.plan import CELLS, DONE, make_plan
+    from tables.cells import CELLS, DONE
+    from tables.plan import make_plan
     from tables.render import render
 
     path = Path(args.table)

@@ -1,60 +1,22 @@
-"""From a table file to its cells: which command of the project runs in which folder, and what it waits for.
-
-A cell's folder is named after its command, without places of files, and after what it depends on. Two tables that
-need the same cell share it, and a changed setting leads to another folder.
-"""
+"""From a table file to its cells: which command of the project runs in which folder, and what it waits for."""
 
 import argparse
-import contextlib
+import difflib
 import fnmatch
-import hashlib
-import importlib
-import io
 import json
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
-from formats.zoo import PARTS, Zoo, ZooConfig, open_zoo
+from attacks.flags import DEFAULT_ATTACK
+from formats.zoo import Zoo, ZooConfig, open_zoo
+from tables.cells import CELLS, Cell, make_cell, taken
 from tables.table_file import Flags, Network, Stage, Table, read_table_file
 from utils.errors import InputError, quote
-from utils.files import card_path, sha256_of, sha256_of_folder
-from utils.identity import FREE_OPTIONS, input_files, input_folders
 
-ROOT = Path(__file__).parents[1]
-CELLS = Path("save", "tables", "cells")
-DONE = "done"  # the empty file that a cell leaves when it has ended well
-LOG = "log.txt"
-RESULTS = {"prune": "repaired_model.json", "defend": "repaired_model.json", "evaluate": "metrics.json"}
-SCRIPTS = {
-    "train": "train_backdoor_cifar",
-    "masks": "optimize_mask_cifar",
-    "prune": "prune_neuron_cifar",
-    "defend": "defend_cifar",
-    "evaluate": "evaluate_cifar",
-}
 BEFORE = "before"  # the row of the networks as they are
 ZOO_MASKS = ("zoo",)  # of --mask-file: the masks that the zoo has of the network
-SLUG = 90  # characters of a folder's name before the digest
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One command.
-
-    Attributes:
-        name: of its folder.
-        kind: of the command, see ``SCRIPTS``.
-        command: its words.
-        needs: names of the cells that have to be done before.
-    """
-
-    name: str
-    kind: str
-    command: list[str]
-    needs: list[str]
 
 
 @dataclass(frozen=True)
@@ -117,38 +79,6 @@ def make_plan(path: Path, cells: Path = CELLS) -> Plan:
         raise InputError(f"{path}: {error}") from error
 
 
-def parser_of(kind: str) -> argparse.ArgumentParser:
-    """Return the parser of a kind's script; raises ``InputError`` where the script is missing."""
-    return _script(kind).build_parser()
-
-
-def _script(kind: str) -> Any:
-    try:
-        return importlib.import_module(SCRIPTS[kind])
-    except ModuleNotFoundError as error:
-        raise InputError(f"{SCRIPTS[kind]}.py is missing, and with it every defence but anp") from error
-
-
-def parse(kind: str, words: list[str]) -> argparse.Namespace:
-    """Parse a command as its script does.
-
-    Raises:
-        InputError: the script would refuse it; the message is the script's.
-    """
-    script, complaint = _script(kind), io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            parsed = getattr(script, "parse_arguments", script.build_parser().parse_args)(words)
-    except SystemExit as error:
-        message = complaint.getvalue().strip().splitlines()[-1].partition("error: ")[2]
-        raise InputError(f"{SCRIPTS[kind]}.py: {message}") from error
-    return parsed[0] if isinstance(parsed, tuple) else parsed
-
-
-def _words(flags: Flags) -> list[str]:
-    return [word for flag, values in flags.items() for word in (flag, *values)]
-
-
 @dataclass
 class _Planner:
     """Makes the cells of one table."""
@@ -156,11 +86,11 @@ class _Planner:
     table: Table
     folder: Path
     cells: dict[str, Cell] = field(default_factory=dict)
+    used: set[str] = field(default_factory=set)  # the flags that some command takes
 
     def plan(self) -> Plan:
         """Return the whole plan."""
         table, rows = self.table, []
-        self.known = {kind: set(parser_of(kind)._option_string_actions) for kind in self._kinds()}
         self.zoo = self._open_zoo()
         attacks = [*table.networks, *table.attacks]
         for title, stages in {BEFORE: [], **table.defenses}.items():
@@ -170,16 +100,17 @@ class _Planner:
             ]
             same = len(made) > 1 and all(row.runs == made[0].runs for row in made)
             rows += [Row(title, "", made[0].runs)] if same else made
+        self._refuse_useless()
         folder = str(self.folder)
         return Plan(table.title, table.sweep[0], attacks, rows, self.cells, table.published, table.seconds, folder)
 
-    def _kinds(self) -> list[str]:
-        """Return the kinds of commands that the table needs."""
-        methods = {stage.method for stages in self.table.defenses.values() for stage in stages}
-        kinds = {"evaluate", *(("train",) if self.table.attacks else ())}
-        kinds |= {"masks", "prune"} if "anp" in methods else set()
-        kinds |= {"defend"} if methods - {"anp"} else set()
-        return [kind for kind in SCRIPTS if kind in kinds]
+    def _refuse_useless(self) -> None:
+        """Raise ``InputError`` where a flag of the whole table goes to no command."""
+        for where, flags in {"flags": self.table.flags, "training": self.table.training, **self.table.sweep[1]}.items():
+            for flag in flags.keys() - self.used:
+                close = difflib.get_close_matches(flag, self.used, 1)
+                hint = f"; did you mean {close[0]}?" if close else ""
+                raise InputError(f"{where}: no command of this table takes {quote(flag)}{hint}")
 
     def _open_zoo(self) -> Zoo:
         given = {flag: values[0] for flag, values in self.table.flags.items() if values}
@@ -221,7 +152,7 @@ class _Planner:
 
     def _trained(self, attack: str, flags: Flags, seed: int, swept: Flags) -> _Subject:
         """Return the network that a training makes."""
-        flags = {**self.table.training, **flags}
+        flags = dict(flags)
         needs: tuple[str, ...] = ()
         if flags.get("--clb-surrogate") == ("surrogate",):
             if self.table.surrogate is None:
@@ -252,7 +183,7 @@ class _Planner:
                     inputs["--defense"] = (stage.method,)
                 if kind == "prune":
                     self._add_masks(inputs, flags, subject, run)
-                own = {flag: values for flag, values in flags.items() if self._takes(kind, kinds, flag)}
+                own = {flag: values for flag, values in flags.items() if _goes_to(flag, kind, kinds)}
                 needs = (*subject.needs, *run[-1:])
                 run.append(self._cell(kind, subject.slug, inputs, own, seed, swept, needs)[0])
             repaired = str(self.folder / run[-1] / "repaired_model.th")
@@ -271,10 +202,6 @@ class _Planner:
         if name not in self.zoo.entries or "masks" not in self.zoo.entries[name].files:
             raise InputError(f"--mask-file zoo: the zoo has no masks of {quote(name)}; leave the flag out")
 
-    def _takes(self, kind: str, kinds: list[str], flag: str) -> bool:
-        """Say whether a script gets a flag; one that none of the kinds takes goes to all, which refuse it."""
-        return flag in self.known[kind] or not any(flag in self.known[each] for each in kinds if each in self.known)
-
     @staticmethod
     def _inputs(subject: _Subject) -> Flags:
         trigger = {"--trigger-info": (subject.trigger,)} if subject.trigger else {}
@@ -284,53 +211,19 @@ class _Planner:
         self, kind: str, slug: str, inputs: Flags, flags: Flags, seed: int, swept: Flags, needs: Iterable[str]
     ) -> tuple[str, argparse.Namespace]:
         """Add a cell unless it is there; return its name and its parsed command."""
-        common, swept = (
-            {flag: values for flag, values in given.items() if self._takes(kind, list(self.known), flag)}
-            for given in (self.table.flags, swept)
-        )
-        seeds = {"--seed": (str(seed),)} if "--seed" in self.known[kind] else {}
+        method = inputs.get("--defense") or flags.get("--poison-type") or (DEFAULT_ATTACK,)
+        known = taken(kind, method[0])
+        self.used |= known
+        common = {**self.table.flags, **(self.table.training if kind == "train" else {})}
+        common, swept = ({flag: given[flag] for flag in given if flag in known} for given in (common, swept))
+        seeds = {"--seed": (str(seed),)} if "--seed" in known else {}
         flags = {**common, **flags, **swept, **seeds}
-        words = _words({**inputs, **flags, "--threads": ("1",)})
-        output = ["--json", RESULTS[kind]] if kind == "evaluate" else ["--output-dir", kind]
-        args = parse(kind, output + words)
-        name = f"{_slug(kind, slug, inputs, flags)}-{self._digest(kind, {**inputs, **flags}, args)}"
-        place = self.folder / name
-        output = (
-            ["--json", str(place / RESULTS[kind])] if kind == "evaluate" else ["--output-dir", str(place), "--resume"]
-        )
-        self.cells[name] = Cell(name, kind, ["python", f"{SCRIPTS[kind]}.py", *output, *words], sorted(set(needs)))
-        return name, args
-
-    def _digest(self, kind: str, flags: Flags, args: argparse.Namespace) -> str:
-        """Return what tells a cell from others: its settings and the content of its inputs."""
-        files, folders = input_files(args), input_folders(args)
-        settings = []
-        for flag, values in flags.items():
-            option = {"checkpoints": "checkpoint"}.get(flag[2:].replace("-", "_"), flag[2:].replace("-", "_"))
-            if option in files or option in folders:
-                values = (self._content(option, values[0], (files | folders)[option]),)
-            if option not in FREE_OPTIONS:
-                settings.append([flag, *values])
-        return hashlib.sha256(json.dumps([kind, sorted(settings)]).encode()).hexdigest()[:10]
-
-    def _content(self, option: str, given: str, path: Path) -> str:
-        """Return what stands for an input: the name of the cell that makes it, or else the digest of its content."""
-        if path.is_relative_to(self.folder):
-            return str(path.relative_to(self.folder))
-        if path.is_dir():
-            return sha256_of_folder(path)
-        if path.exists():
-            card = card_path(path)
-            return sha256_of(path) + (sha256_of(card) if card.is_file() else "")
-        entry = self.zoo.entries.get(given)
-        return entry.files[PARTS[option]]["sha256"] if entry and PARTS.get(option) in entry.files else given
+        cell, args = make_cell(kind, slug, inputs, flags, sorted(set(needs)), self.folder, self.zoo)
+        self.cells[cell.name] = cell
+        return cell.name, args
 
 
-def _slug(kind: str, subject: str, inputs: Flags, flags: Flags) -> str:
-    """Return a name that tells a reader what a cell is about; files are left out."""
-    words = [kind, subject, *inputs.get("--defense", ()), *flags.get("--poison-type", ())]
-    for flag, values in flags.items():
-        if flag[2:].replace("-", "_") not in {*FREE_OPTIONS, *PARTS, "poison_type", "split_file"}:
-            words.append("=".join((flag[2:], *values)))
-    text = re.sub(r"[^\w.=-]+", "_", "-".join(filter(None, words)))
-    return text[:SLUG].rstrip("-.")
+def _goes_to(flag: str, kind: str, kinds: list[str]) -> bool:
+    """Say whether a script of a stage gets a flag; what none of them takes goes to all, which say so."""
+    takers = [each for each in kinds if flag in taken(each, "")]
+    return kind in (takers or kinds) or kinds == ["defend"]

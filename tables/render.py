@@ -15,7 +15,8 @@ from typing import Any
 
 from benchmarks.tables import TITLES, markdown
 from formats.plots import plot_table
-from tables.plan import BEFORE, DONE, LOG, RESULTS, ROOT
+from tables.cells import DONE, LOG, RESULTS, ROOT
+from tables.plan import BEFORE
 from utils.config import make_parser
 from utils.console import announce
 from utils.errors import InputError, shorten
@@ -26,6 +27,7 @@ from utils.table import read_table
 FIGURES = {"clean_accuracy": "C-Acc", "attack_success_rate": "ASR"}
 PUBLISHED = ROOT / "results" / "published.json"
 PAPER = "paper"
+TIMED = {"masks": "optimize_log.jsonl", "defend": "defend_log.jsonl"}  # pruning takes no time, its sweep measures
 
 
 @dataclass(frozen=True)
@@ -108,15 +110,10 @@ def _figures(plan: dict[str, Any], run: list[str]) -> dict[str, float]:
     return {**metrics, **({"seconds": sum(seconds)} if known and seconds else {})}
 
 
-TIMED = ("masks", "defend")
-
-
 def _seconds(folder: Path, kind: str) -> float | None:
-    """Return the seconds of a defence; of ANP those of the masks, as the sweep only measures."""
-    if kind == "masks":
-        _, rows = read_table(folder / "optimize_log.jsonl")
-        return rows[-1].get("seconds") if rows else None
-    return read_json(folder / RESULTS[kind]).get("repair", {}).get("seconds")
+    """Return how long a step took, as the last row of its log says."""
+    _, rows = read_table(folder / TIMED[kind])
+    return rows[-1].get("seconds") if rows else None
 
 
 def published_tables(path: Path = PUBLISHED) -> dict[str, dict[str, Any]]:
