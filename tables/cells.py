@@ -123,7 +123,7 @@ def make_cell(
     settings = {flag: flags[flag] for flag in flags if flag in ALWAYS or _matters(flag, flags, args, parsed)}
     identity = _identity({**inputs, **settings}, args, folder, zoo)
     digest = hashlib.sha256(json.dumps([kind, sorted(identity.items())], default=str).encode()).hexdigest()[:10]
-    name = f"{_slug(kind, subject, inputs, settings)}-{digest}"
+    name = f"{_slug(kind, subject, inputs, list(settings), args)}-{digest}"
     output = ["--json", str(folder / name / output[1])] if kind == "evaluate" else ["--output-dir", str(folder / name)]
     resume = [] if kind == "evaluate" else ["--resume"]
     words = _words({**inputs, **flags, "--threads": ("1",)})
@@ -166,11 +166,12 @@ def _content(option: str, given: str, path: Path, folder: Path, zoo: Zoo) -> str
     return entry.files[PARTS[option]]["sha256"] if entry and PARTS.get(option) in entry.files else given
 
 
-def _slug(kind: str, subject: str, inputs: Flags, settings: Flags) -> str:
+def _slug(kind: str, subject: str, inputs: Flags, settings: list[str], args: argparse.Namespace) -> str:
     """Return a name that tells a reader what a cell is about; files are left out."""
-    words = [kind, subject, *inputs.get("--defense", ()), *settings.get("--poison-type", ())]
-    for flag, values in settings.items():
+    words = [kind, subject, *inputs.get("--defense", ()), getattr(args, "poison_type", "")]
+    for flag in settings:
+        value = getattr(args, _option(flag))
         if _option(flag) not in {*PARTS, "poison_type", "split_file"}:
-            words.append("=".join((flag[2:], *values)))
+            words.append(flag[2:] if value is True else f"{flag[2:]}={value}")
     text = re.sub(r"[^\w.=-]+", "_", "-".join(filter(None, words)))
-    return text[:SLUG].rstrip("-.")
+    return text[:SLUG].rstrip("-._")

@@ -12,10 +12,10 @@ from pathlib import Path
 from attacks.flags import DEFAULT_ATTACK
 from formats.zoo import Zoo, ZooConfig, open_zoo
 from tables.cells import CELLS, Cell, make_cell, taken
+from tables.published import BEFORE, published_tables
 from tables.table_file import Flags, Network, Stage, Table, read_table_file
 from utils.errors import InputError, quote
 
-BEFORE = "before"  # the row of the networks as they are
 ZOO_MASKS = ("zoo",)  # of --mask-file: the masks that the zoo has of the network
 
 
@@ -101,6 +101,8 @@ class _Planner:
             same = len(made) > 1 and all(row.runs == made[0].runs for row in made)
             rows += [Row(title, "", made[0].runs)] if same else made
         self._refuse_useless()
+        for name in set(table.published) - published_tables().keys():
+            raise InputError(f"published: no table {quote(name)}; there are {', '.join(published_tables())}")
         folder = str(self.folder)
         return Plan(table.title, table.sweep[0], attacks, rows, self.cells, table.published, table.seconds, folder)
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from benchmarks.tables import TITLES, markdown
 from formats.plots import plot_table
-from tables.cells import DONE, LOG, RESULTS, ROOT
-from tables.plan import BEFORE
+from tables.cells import DONE, LOG, RESULTS
+from tables.published import BEFORE, published_tables
 from utils.config import make_parser
 from utils.console import announce
 from utils.errors import InputError, shorten
@@ -25,8 +25,6 @@ from utils.guard import guard
 from utils.table import read_table
 
 FIGURES = {"clean_accuracy": "C-Acc", "attack_success_rate": "ASR"}
-PUBLISHED = ROOT / "results" / "published.json"
-PAPER = "paper"
 TIMED = {"masks": "optimize_log.jsonl", "defend": "defend_log.jsonl"}  # pruning takes no time, its sweep measures
 
 
@@ -35,12 +33,12 @@ class Group:
     """What the runs of one attack and one row measured.
 
     Attributes:
-        runs: how many are done.
+        runs: how many are done; None where whoever published the figures does not say.
         planned: how many there are to be; None for published figures.
         values: by figure, one of each run that is done; percent, or seconds.
     """
 
-    runs: int
+    runs: int | None
     planned: int | None
     values: dict[str, list[float]]
 
@@ -116,18 +114,6 @@ def _seconds(folder: Path, kind: str) -> float | None:
     return rows[-1].get("seconds") if rows else None
 
 
-def published_tables(path: Path = PUBLISHED) -> dict[str, dict[str, Any]]:
-    """Return the published tables by name: ``cite``, ``setting`` and ``rows``."""
-    content = read_json(path)
-    paper = [
-        {"defense": defense, "attack": row["attack"], **row[entry]}
-        for row in content["rows"]
-        for defense, entry in ((BEFORE, "before"), ("ANP", "after"))
-    ]
-    known = {name: content[name] for name in ("cite", "setting_in_words")}
-    return {PAPER: {**known, "runs": content["setting"]["runs"], "rows": paper}, **content["tables"]}
-
-
 def published_lines(plan: dict[str, Any], tables: dict[str, dict[str, Any]]) -> list[Line]:
     """Return a line for each defence of the tables that the plan names, of the plan's attacks and defences alone."""
     lines = []
@@ -136,7 +122,7 @@ def published_lines(plan: dict[str, Any], tables: dict[str, dict[str, Any]]) -> 
         rows = [row for row in tables[name]["rows"] if row["defense"] in titles and row["attack"] in plan["attacks"]]
         for defense in dict.fromkeys(row["defense"] for row in rows):
             groups = {
-                row["attack"]: Group(tables[name].get("runs", 1), None, {figure: [row[figure]] for figure in FIGURES})
+                row["attack"]: Group(tables[name].get("runs"), None, {figure: [row[figure]] for figure in FIGURES})
                 for row in rows
                 if row["defense"] == defense
             }
@@ -186,13 +172,15 @@ def mean_change(line: Line, lines: list[Line]) -> tuple[dict[str, float], int]:
 
 def _shown(group: Group | None) -> str:
     """Return ``C-Acc ± deviation / ASR ± deviation (runs)``."""
-    if group is None or not group.runs:
+    if group is None or not group.values:
         return "-"
     parts = []
     for figure in FIGURES:
         mean, deviation = group.mean(figure), group.deviation(figure)
         spread = "" if deviation is None else f" ± {deviation:.2f}"
         parts.append("-" if mean is None else f"{mean:.2f}{spread}")
+    if group.runs is None:
+        return " / ".join(parts)
     count = f"{group.runs} of {group.planned}" if group.planned and group.runs < group.planned else group.runs
     return f"{' / '.join(parts)} ({count})"
 
