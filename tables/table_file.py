@@ -12,7 +12,7 @@ from utils.files import JSON_LIMIT, read_text
 
 Flags = dict[str, tuple[str, ...]]  # values by flag
 RESERVED = {"--output-dir", "--resume", "--overwrite", "--checkpoint", "--checkpoints", "--trigger-info", "--json"}
-RESERVED |= {"--threads", "--seed", "--defense", "--help", "--version"}  # of every cell, or no settings
+RESERVED |= {"--threads", "--seed", "--seeds", "--defense", "--help", "--version"}  # of every cell, or no settings
 NAMES = {dict: "a mapping", list: "a list", str: "a text", bool: "true or false"}
 
 
