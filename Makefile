@@ -5,7 +5,7 @@ DEMO := save/demo
 # One test process a core, each with one thread.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
-.PHONY: demo test test-all lint format tables clean
+.PHONY: demo test test-all lint format table tables clean
 
 .venv/.ready: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv
@@ -34,6 +34,13 @@ lint: .venv/.ready
 
 tables: .venv/.ready
 	$(BIN)/python -m benchmarks.tables
+
+.venv/.tables: .venv/.ready requirements-tables.txt
+	$(BIN)/python -m pip install --quiet -r requirements-tables.txt
+	touch $@
+
+table: .venv/.tables
+	$(BIN)/python -m tables $(or $(TABLE),$(error which? make table TABLE=tables/main.yaml)) $(OPTIONS)
 
 format: .venv/.ready
 	$(BIN)/ruff check --fix .

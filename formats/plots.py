@@ -32,6 +32,7 @@ LINES = {
 }
 RING = {"marker": "o", "markersize": 10, "markerfacecolor": "none", "color": BLACK, "linestyle": "none", "zorder": 9}
 MARKERS = 25  # on a line; more would hide its style
+SHAPES = "osD^v<>Pp*Xh"  # of the attacks of a table
 LAYER_LABELS = 45  # that fit side by side under the masks
 LOOK = {
     "font.size": 9,
@@ -298,4 +299,42 @@ def plot_detection(path: Path, classes: Sequence[str], statistics: dict[str, lis
             else:
                 axes.set(xlabel="class")
             axes.grid(axis="x", visible=False)
+    return figure
+
+
+def plot_table(path: Path, rows: list[tuple[str, bool, list[dict[str, tuple]]]], attacks: list[str]) -> "Figure":
+    """Draw C-Acc and ASR of each row of a table, a shape for each attack, a line for the mean over the attacks.
+
+    Args:
+        path: the PNG file; the PDF file lies beside it.
+        rows: label, whether its figures are published ones (drawn hollow), and for each attack mean and standard
+            deviation of ``C-Acc`` and ``ASR`` in percent, either of them None where it is not known.
+        attacks: their titles.
+
+    Returns:
+        The figure as it was written.
+    """
+    colours = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, BLACK)
+    with _drawn(path, 10, 1.6 + 0.35 * len(rows) + 0.1 * len(attacks)) as figure:
+        panels = figure.subplots(1, 2, sharey=True)
+        for axes, name in zip(panels, ("C-Acc", "ASR"), strict=True):
+            for number, attack in enumerate(attacks):
+                look = {"color": colours[number % len(colours)], "marker": SHAPES[number % len(SHAPES)]}
+                axes.plot([], [], **look, linestyle="none", label=attack)
+                shift = 0.6 * (number + 0.5) / len(attacks) - 0.3
+                for place, (_, hollow, cells) in enumerate(rows):
+                    mean, deviation = cells[number].get(name, (None, None))
+                    if mean is not None:
+                        face = {"markerfacecolor": "white"} if hollow else {}
+                        axes.errorbar(mean, place + shift, xerr=deviation, **look, **face, linestyle="none", capsize=2)
+            for place, (_, _, cells) in enumerate(rows):
+                known = [cell[name][0] for cell in cells if cell.get(name, (None,))[0] is not None]
+                if known:
+                    axes.vlines(sum(known) / len(known), place - 0.4, place + 0.4, color="0.4", linewidth=1)
+            axes.set(xlabel=f"{name} (%)")
+            axes.grid(axis="y", visible=False)
+        panels[1].set(xlim=(-3, 103))
+        panels[0].set_yticks(range(len(rows)), [label for label, _, _ in rows], parse_math=False)
+        panels[0].set_ylim(len(rows) - 0.4, -0.6)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure

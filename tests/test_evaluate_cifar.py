@@ -67,6 +67,29 @@ def test_faults_are_one_line(folder, capsys):
         assert message in error and error.count("\n") == 1 and error.startswith("evaluate: error: ")
 
 
+def test_figures_as_json(folder, capsys):
+    path = folder / "figures.json"
+    assert evaluate_cifar.main([*flags(folder), "--json", str(path)]) == 0
+    found, card = json.loads(path.read_text()), json.loads((folder / "last_model.json").read_text())
+    assert {name: found["metrics"][name] for name in card["metrics"]} == card["metrics"]
+    assert found["metrics"].keys() == {"clean_accuracy", "attack_success_rate", "robust_accuracy"}
+    assert found["checkpoint_sha256"] == card["sha256"] and found["command"].endswith(f"--json {path}")
+    assert evaluate_cifar.main([*flags(folder, trigger=False), "--json", str(path)]) == 0
+    assert json.loads(path.read_text())["metrics"].keys() == {"clean_accuracy"}, "its own file is replaced"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("last_model.json", "holds no figures"), ("last_model.th", "not a UTF-8 text"), ("none/f.json", "no folder")],
+)
+def test_the_json_file_replaces_no_other(folder, name, message, capsys):
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    assert evaluate_cifar.main([*flags(folder), "--json", f"{folder}/{name}"]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert before == {path: path.read_bytes() for path in folder.iterdir()}
+
+
 def test_no_flag_of_the_split(capsys):
     with pytest.raises(SystemExit):
         evaluate_cifar.main(["--checkpoint", "x", "--split-file", "y"])

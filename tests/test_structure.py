@@ -7,6 +7,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = [
+    {"tables"},
+    {"benchmarks"},
     {"attacks", "defenses"},
     {"formats"},
     {"engine"},

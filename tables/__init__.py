@@ -1,0 +1,1 @@
+"""Tables from small declarative files: one command trains, repairs, measures and renders them (docs/tables.md)."""

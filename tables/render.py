@@ -1,0 +1,320 @@
+"""Collect what the cells of a plan measured, and write the table as Markdown, CSV, LaTeX and a figure.
+
+Whatever is there is shown; what is missing is a dash, and listed:
+    python -m tables.render save/tables/main/plan.json
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.tables import TITLES, markdown
+from formats.plots import plot_table
+from tables.cells import DONE, LOG, RESULTS
+from tables.published import BEFORE, published_tables
+from utils.config import make_parser
+from utils.console import announce
+from utils.errors import InputError, shorten
+from utils.files import read_json, write_text
+from utils.guard import guard
+from utils.table import read_table
+
+FIGURES = {"clean_accuracy": "C-Acc", "attack_success_rate": "ASR"}
+TIMED = {"masks": "optimize_log.jsonl", "defend": "defend_log.jsonl"}  # pruning takes no time, its sweep measures
+
+
+@dataclass(frozen=True)
+class Group:
+    """What the runs of one attack and one row measured.
+
+    Attributes:
+        runs: how many are done; None where whoever published the figures does not say.
+        planned: how many there are to be; None for published figures.
+        values: by figure, one of each run that is done; percent, or seconds.
+    """
+
+    runs: int | None
+    planned: int | None
+    values: dict[str, list[float]]
+
+    def mean(self, figure: str) -> float | None:
+        """Return the mean; None where nothing is known."""
+        known = self.values.get(figure)
+        return statistics.fmean(known) if known else None
+
+    def deviation(self, figure: str) -> float | None:
+        """Return the standard deviation of the sample (ddof = 1); None of less than two runs."""
+        known = self.values.get(figure, [])
+        return statistics.stdev(known) if len(known) > 1 else None
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of figures, measured here or published.
+
+    Attributes:
+        title: of the defence.
+        setting: the sweep's value.
+        source: who reports it; empty for our own.
+        groups: by attack.
+    """
+
+    title: str
+    setting: str
+    source: str
+    groups: dict[str, Group]
+
+
+# Collecting
+
+
+def measured_lines(plan: dict[str, Any]) -> list[Line]:
+    """Read what the cells measured; raises ``InputError`` where a result is damaged."""
+    return [
+        Line(
+            row["defense"],
+            row["setting"],
+            "",
+            {attack: _group(plan, runs) for attack, runs in row["runs"].items()},
+        )
+        for row in plan["rows"]
+    ]
+
+
+def _group(plan: dict[str, Any], runs: list[list[str]]) -> Group:
+    folder = Path(plan["folder"])
+    done = [run for run in runs if (folder / run[-1] / DONE).exists()]
+    values: dict[str, list[float]] = {}
+    for run in done:
+        for name, value in _figures(plan, run).items():
+            values.setdefault(name, []).append(value)
+    return Group(len(done), len(runs), values)
+
+
+def _figures(plan: dict[str, Any], run: list[str]) -> dict[str, float]:
+    """Return what a run measured last, and the seconds of its defences as far as they are known of all."""
+    kinds = {name: plan["cells"][name]["kind"] for name in run}
+    path = Path(plan["folder"], run[-1], RESULTS[kinds[run[-1]]])
+    metrics = read_json(path).get("metrics")
+    if not isinstance(metrics, dict) or not all(isinstance(value, (int, float)) for value in metrics.values()):
+        raise InputError(f"{path}: no metrics; remove its folder, and the cell is done anew")
+    seconds = [_seconds(Path(plan["folder"], name), kind) for name, kind in kinds.items() if kind in TIMED]
+    known = len(seconds) == sum(kind in ("prune", "defend") for kind in kinds.values()) and None not in seconds
+    return {**metrics, **({"seconds": sum(seconds)} if known and seconds else {})}
+
+
+def _seconds(folder: Path, kind: str) -> float | None:
+    """Return how long a step took, as the last row of its log says."""
+    _, rows = read_table(folder / TIMED[kind])
+    return rows[-1].get("seconds") if rows else None
+
+
+def published_lines(plan: dict[str, Any], tables: dict[str, dict[str, Any]]) -> list[Line]:
+    """Return a line for each defence of the tables that the plan names, of the plan's attacks and defences alone."""
+    lines = []
+    titles = {_base(row["defense"]) for row in plan["rows"]}
+    for name in plan["published"]:
+        rows = [row for row in tables[name]["rows"] if row["defense"] in titles and row["attack"] in plan["attacks"]]
+        for defense in dict.fromkeys(row["defense"] for row in rows):
+            groups = {
+                row["attack"]: Group(tables[name].get("runs"), None, {figure: [row[figure]] for figure in FIGURES})
+                for row in rows
+                if row["defense"] == defense
+            }
+            lines.append(Line(defense, "", tables[name]["cite"], groups))
+    return lines
+
+
+def _base(title: str) -> str:
+    """Return a defence's name without its settings: ``FT`` of ``FT, lr 0.01``."""
+    return title.partition(",")[0]
+
+
+def side_by_side(ours: list[Line], published: list[Line]) -> list[Line]:
+    """Put published lines behind our last one of the same defence."""
+    lines = []
+    for number, line in enumerate(ours):
+        lines.append(line)
+        if _base(line.title) not in {_base(each.title) for each in ours[number + 1 :]}:
+            lines += [each for each in published if each.title == _base(line.title)]
+    return lines
+
+
+def mean_change(line: Line, lines: list[Line]) -> tuple[dict[str, float], int]:
+    """Return by how many points a line's figures differ from those before the defence, and over how many attacks.
+
+    Args:
+        line: of a defence.
+        lines: all; the line before is of the same source and, if there is one, of the same setting.
+    """
+    before = [each for each in lines if each.title == BEFORE and each.source == line.source]
+    before = [each for each in before if each.setting in ("", line.setting)]
+    if line.title == BEFORE or not before:
+        return {}, 0
+    changes: dict[str, list[float]] = {}
+    attacks = set()
+    for attack, group in line.groups.items():
+        for figure in FIGURES:
+            old, new = before[0].groups[attack].mean(figure) if attack in before[0].groups else None, group.mean(figure)
+            if old is not None and new is not None:
+                changes.setdefault(figure, []).append(new - old)
+                attacks.add(attack)
+    return {figure: statistics.fmean(values) for figure, values in changes.items()}, len(attacks)
+
+
+# Writing
+
+
+def _shown(group: Group | None) -> str:
+    """Return ``C-Acc ± deviation / ASR ± deviation (runs)``."""
+    if group is None or not group.values:
+        return "-"
+    parts = []
+    for figure in FIGURES:
+        mean, deviation = group.mean(figure), group.deviation(figure)
+        spread = "" if deviation is None else f" ± {deviation:.2f}"
+        parts.append("-" if mean is None else f"{mean:.2f}{spread}")
+    if group.runs is None:
+        return " / ".join(parts)
+    count = f"{group.runs} of {group.planned}" if group.planned and group.runs < group.planned else group.runs
+    return f"{' / '.join(parts)} ({count})"
+
+
+def _shown_change(line: Line, lines: list[Line]) -> str:
+    changes, count = mean_change(line, lines)
+    if not changes:
+        return "-"
+    total = len(lines[0].groups)
+    text = " / ".join(f"{changes[figure]:+.2f}" if figure in changes else "-" for figure in FIGURES)
+    return text if count == total else f"{text} ({count} of {total})"
+
+
+def _title(line: Line) -> str:
+    return f"{line.title}, as reported by {line.source}" if line.source else line.title
+
+
+def table_of(plan: dict[str, Any], lines: list[Line]) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows as text."""
+    sweep = [plan["sweep"]] if plan["sweep"] else []
+    seconds = ["seconds"] if plan["seconds"] else []
+    header = ["defence", *sweep, *(TITLES.get(each, each) for each in plan["attacks"]), "mean change", *seconds]
+    rows = []
+    for line in lines:
+        cells = [_shown(line.groups.get(attack)) for attack in plan["attacks"]]
+        times = [group.mean("seconds") for group in line.groups.values()]
+        known = [time for time in times if time is not None]
+        time = [f"{statistics.fmean(known):.0f}" if known else "-"] if seconds else []
+        setting = [line.setting or "-"] if sweep else []
+        rows.append([_title(line), *setting, *cells, _shown_change(line, lines), *time])
+    return header, rows
+
+
+def records_of(lines: list[Line]) -> list[dict[str, Any]]:
+    """Return one record for each attack of each line, for the CSV file."""
+    records = []
+    for line in lines:
+        for attack, group in line.groups.items():
+            record = {
+                "defence": line.title,
+                "setting": line.setting,
+                "attack": attack,
+                "source": line.source or "measured",
+            }
+            record |= {"runs": group.runs, "planned": group.planned}
+            for figure in (*FIGURES, "robust_accuracy", "seconds"):
+                record |= {f"{figure}_mean": group.mean(figure), f"{figure}_std": group.deviation(figure)}
+            records.append(record)
+    return records
+
+
+def missing_cells(plan: dict[str, Any]) -> dict[str, str]:
+    """Return by name what has become of the cells that are not done: the last line of the log of those that began."""
+    missing = {}
+    for name in plan["cells"]:
+        folder = Path(plan["folder"], name)
+        if not (folder / DONE).exists():
+            log = folder / LOG
+            lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
+            missing[name] = f"not finished: {shorten(lines[-1])} ({log})" if lines else "not begun"
+    return missing
+
+
+def _notes(plan: dict[str, Any], tables: dict[str, dict[str, Any]], missing: dict[str, str]) -> Iterable[str]:
+    yield (
+        "C-Acc / ASR on the test set in percent: mean ± standard deviation of the sample (ddof = 1) over the runs, "
+        "whose number stands in brackets; of a single run there is no deviation. The mean change is that from the row "
+        f"`{BEFORE}`, in points, over the attacks."
+    )
+    if plan["seconds"]:
+        yield "Seconds are the defence's own, on one CPU thread; for ANP those of the masks, without the sweep."
+    for name in plan["published"]:
+        yield f"As reported by {tables[name]['cite']}: {tables[name]['setting_in_words']}."
+    if missing:
+        yield f"{len(missing)} of {len(plan['cells'])} cells are missing:"
+        yield "\n".join(f"- `{name}`: {state}" for name, state in missing.items())
+
+
+def render(path: Path) -> None:
+    """Write table.md, table.csv, table.tex, table.png and table.pdf beside a plan, and say what is missing.
+
+    Raises:
+        InputError: the plan or a result is damaged, or a published table is not known.
+        OSError: the folder cannot be written or the disk is full.
+    """
+    import pandas  # takes a second, and only this needs it
+
+    plan, tables = read_json(path, limit=64_000_000), published_tables()
+    ours = measured_lines(plan)
+    lines = side_by_side(ours, published_lines(plan, tables))
+    header, rows = table_of(plan, lines)
+    missing = missing_cells(plan)
+    text = "\n\n".join([f"# {plan['title']}", markdown(header, rows).strip(), *_notes(plan, tables, missing)])
+    write_text(path.with_name("table.md"), text + "\n")
+    write_text(path.with_name("table.csv"), pandas.DataFrame(records_of(lines)).to_csv(index=False))
+    latex = pandas.DataFrame(rows, columns=header).to_latex(index=False, escape=True, caption=plan["title"])
+    write_text(path.with_name("table.tex"), latex.replace("±", r"$\pm$"))
+    labels = [", ".join(filter(None, (line.setting and f"{plan['sweep']} {line.setting}",))) for line in lines]
+    places = [(", ".join(filter(None, (_title(line), label))), line) for line, label in zip(lines, labels, strict=True)]
+    plot_table(
+        path.with_name("table.png"),
+        [
+            (
+                label,
+                bool(line.source),
+                [
+                    {figure: (group.mean(name), group.deviation(name)) for name, figure in FIGURES.items()}
+                    if (group := line.groups.get(attack))
+                    else {}
+                    for attack in plan["attacks"]
+                ],
+            )
+            for label, line in places
+        ],
+        [TITLES.get(attack, attack) for attack in plan["attacks"]],
+    )
+    for name, state in missing.items():
+        announce(f"{name}: {state}")
+    announce(f"saved {path.with_name('table.md')}: {len(plan['cells']) - len(missing)} of {len(plan['cells'])} cells")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the rendering."""
+    parser = make_parser(__doc__)
+    parser.prog = "python -m tables.render"
+    parser.add_argument("plan", metavar="PLAN", help="plan.json, which python -m tables wrote")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Render a table; returns the exit status."""
+    args = build_parser().parse_args(argv)
+    return guard(partial(render, Path(args.plan)), "tables")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,281 @@
+"""Table files: what they become, what is wrong with them, and how results are put together."""
+
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("yaml", reason="PyYAML is not installed (requirements-tables.txt)")
+
+from tables.__main__ import main
+from tables.cells import DONE, RESULTS, ROOT
+from tables.plan import make_plan
+from tables.published import published_tables
+from tables.render import (
+    Group,
+    Line,
+    mean_change,
+    measured_lines,
+    missing_cells,
+    published_lines,
+    side_by_side,
+    table_of,
+)
+from utils.errors import InputError
+
+TINY = """
+title: tiny
+attacks:
+  badnets: --poison-type badnets --poison-rate 0.2
+  benign: --poison-type benign
+training: --epoch 1 --widen-factor 0.125
+flags: --dataset synthetic
+defenses:
+  ANP: anp --nb-iter 3 --threshold 0.3
+  ANP + FT: [anp --nb-iter 3 --threshold 0.3, ft --nb-iter 2]
+seeds: [0, 1]
+"""
+
+
+@pytest.fixture
+def plan_of(tmp_path):
+    def make(text):
+        path = tmp_path / "tiny.yaml"
+        path.write_text(text)
+        return make_plan(path, Path("cells"))
+
+    return make
+
+
+def kinds(plan):
+    return sorted(cell.kind for cell in plan.cells.values())
+
+
+def test_a_tiny_table(plan_of):
+    plan = plan_of(TINY)
+    assert kinds(plan) == sorted(["train", "evaluate", "masks", "prune", "defend"] * 4)
+    assert [row.defense for row in plan.rows] == ["before", "ANP", "ANP + FT"]
+    assert all(len(runs) == 2 for row in plan.rows for runs in row.runs.values())
+    for cell in plan.cells.values():
+        assert (set(cell.needs) <= plan.cells.keys() and cell.command[-3:-1] == ["--threads", "1"]) or cell.needs
+        assert ("--resume" in cell.command) == (cell.kind != "evaluate")
+        benign = "benign" in cell.name
+        assert cell.kind == "train" or ("--trigger-info" in cell.command) != benign, "a benign network has no trigger"
+
+
+def test_a_chain_defends_what_came_before(plan_of):
+    plan = plan_of(TINY)
+    masks, prune, defend = (plan.cells[name] for name in plan.rows[2].runs["badnets"][0])
+    assert [masks.kind, prune.kind, defend.kind] == ["masks", "prune", "defend"]
+    assert f"cells/{masks.name}/mask_values.txt" in prune.command and masks.name in prune.needs
+    assert f"cells/{prune.name}/repaired_model.th" in defend.command and prune.name in defend.needs
+    assert plan.rows[1].runs["badnets"][0] == [masks.name, prune.name], "the first defence is shared"
+    assert "--threshold" in prune.command and "--threshold" not in masks.command
+
+
+def test_a_changed_setting_leads_to_another_folder(plan_of):
+    old, new = plan_of(TINY), plan_of(TINY.replace("--poison-rate 0.2", "--poison-rate 0.3"))
+    shared = old.cells.keys() & new.cells.keys()
+    assert shared and all("badnets" not in name for name in shared), "all that depends on it has changed"
+    new = plan_of(TINY.replace("ft --nb-iter 2", "ft --nb-iter 4"))
+    assert {old.cells[name].kind for name in old.cells.keys() - new.cells.keys()} == {"defend"}
+
+
+def test_spelling_and_defaults_make_no_difference(plan_of):
+    text = TINY.replace("--poison-rate 0.2", "--poison-rate=0.20 --poison-target 0").replace(
+        "anp --n", "anp --lr 0.2 --n"
+    )
+    assert plan_of(text).cells.keys() == plan_of(TINY).cells.keys()
+    assert plan_of(TINY + "seconds: true\npublished: [paper]").cells.keys() == plan_of(TINY).cells.keys()
+
+
+def test_networks_of_the_zoo_and_paths(plan_of, tmp_path):
+    own = tmp_path / "own.th"
+    own.write_bytes(b"1")
+    text = f"networks:\n  badnets: badnets-[0-9]\n  own: {{checkpoint: {own}, trigger: badnets-0}}\n  benign: benign-0"
+    plan = plan_of(text)
+    runs = plan.rows[0].runs
+    assert len(runs["badnets"]) == len(list(ROOT.glob("zoo/badnets-[0-9]"))) and len(plan.rows) == 1
+    assert "--trigger-info" not in plan.cells[runs["benign"][0][0]].command
+    own.write_bytes(b"2")
+    assert plan_of(text).rows[0].runs["own"] != runs["own"], "a file counts by its content"
+
+
+def test_a_sweep_goes_to_whoever_takes_it(plan_of):
+    plan = plan_of(TINY + "sweep: {title: noise, values: {1: --anp-eps 0.1, 2: --anp-eps 0.2}}")
+    assert [(row.defense, row.setting) for row in plan.rows] == [
+        ("before", ""), ("ANP", "1"), ("ANP", "2"), ("ANP + FT", "1"), ("ANP + FT", "2")]  # fmt: skip
+    assert kinds(plan).count("train") == 4 and kinds(plan).count("masks") == 8
+
+
+def test_a_surrogate_is_trained_first(plan_of):
+    plan = plan_of(
+        "attacks: {clean-label: --poison-type clean-label --clb-surrogate surrogate}\nsurrogate: --poison-type benign"
+    )
+    first, second = sorted((cell for cell in plan.cells.values() if cell.kind == "train"), key=lambda cell: cell.needs)
+    assert second.needs == [first.name] and f"cells/{first.name}/last_model.th" in second.command
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("tables/*.yaml")), ids=lambda path: path.stem)
+def test_the_table_files_of_the_project_are_right(path):
+    plan = make_plan(path)
+    assert set(plan.published) <= published_tables().keys() and len(plan.rows) > 2
+    assert all(row.runs[attack] for row in plan.rows for attack in plan.attacks)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("title: tiny", "titel: tiny", "no entry is called 'titel'"),
+        ("title: tiny", "title: tiny\ntitle: again", "'title' comes twice"),
+        ("title: tiny", "title: [", "not YAML"),
+        ("title: tiny", "title: 3", "title: expected a text, found 3"),
+        (TINY, "title: nothing", "names no networks"),
+        (TINY, "- a list", "expected a mapping"),
+        ("seeds: [0, 1]", "seeds: [0, 0]", "different whole numbers"),
+        ("seeds: [0, 1]", "seeds: 3", "expected a list"),
+        ("seeds: [0, 1]", "networks: {x: no-such-net}", "no network 'no-such-net' in the zoo"),
+        ("seeds: [0, 1]", "networks: {badnets: badnets-0}", "stands in networks and in attacks"),
+        ("seeds: [0, 1]", "published: [nobody]", "published: no table 'nobody'"),
+        ("seeds: [0, 1]", "sweep: {title: x}", "sweep: needs title and values"),
+        ("seeds: [0, 1]", "sweep: {title: x, values: {1: --sam-rho 1}}", "no command of this table takes '--sam-rho'"),
+        ("ft --nb-iter 2", "tf --nb-iter 2", "invalid choice: 'tf'"),
+        ("ft --nb-iter 2", "ft --nb-itr 2", "did you mean --nb-iter?"),
+        ("ft --nb-iter 2", "clp --nb-iter 2", "--nb-iter has no effect with --defense clp"),
+        ("ft --nb-iter 2", "ft --nb-iter two", "invalid whole number value: 'two'"),
+        ("ft --nb-iter 2", "anp --mask-file zoo", "the zoo has no masks"),
+        ("anp --nb-iter 3", "anp --nb-ter 3", "unrecognized arguments: --nb-ter"),
+        ("--epoch 1", "--output-dir x", "--output-dir is not for a table file"),
+        ("--epoch 1", "epoch 1", "expected flags, found 'epoch'"),
+        ("--dataset synthetic", "--datset synthetic", "did you mean --dataset?"),
+        ("--poison-type badnets", "--poison-type bad", "attacks: badnets: train_backdoor_cifar.py"),
+        ("--poison-type badnets", "--poison-type", "expected one argument"),
+    ],
+)
+def test_a_mistake_is_one_line(plan_of, old, new, message):
+    assert old in TINY
+    with pytest.raises(InputError) as error:
+        plan_of(TINY.replace(old, new))
+    assert message in str(error.value) and "\n" not in str(error.value) and "tiny.yaml" in str(error.value)
+
+
+# Rendering
+
+
+def line(title, source="", setting="", **figures):
+    groups = {
+        attack: Group(len(pairs), len(pairs), {
+            "clean_accuracy": [pair[0] for pair in pairs], "attack_success_rate": [pair[1] for pair in pairs]})
+        for attack, pairs in figures.items()
+    }  # fmt: skip
+    return Line(title, setting, source, groups)
+
+
+def test_aggregation_with_known_numbers():
+    before = line("before", a=[(90, 100), (92, 98)], b=[(80, 90)])
+    after = line("ANP", a=[(88, 10), (90, 0)], b=[(79, 2)])
+    group = after.groups["a"]
+    assert group.mean("clean_accuracy") == 89 and group.deviation("clean_accuracy") == pytest.approx(2**0.5)
+    assert group.deviation("attack_success_rate") == pytest.approx(statistics.stdev([10, 0]))
+    assert after.groups["b"].deviation("clean_accuracy") is None, "of a single run"
+    changes, count = mean_change(after, [before, after])
+    assert count == 2
+    assert changes == {"clean_accuracy": pytest.approx(-1.5), "attack_success_rate": pytest.approx((-94 - 88) / 2)}
+    others = line("before", source="X", a=[(0, 0)])
+    assert mean_change(after, [others, before, after])[0] == changes, "our own row before"
+
+
+def test_the_published_mean_changes_come_out():
+    attacks = ["badnets", "blend", "iab-one", "iab-all", "clean-label", "sig"]
+    plan = {"rows": [{"defense": "before"}, {"defense": "ANP"}], "attacks": attacks, "published": ["paper"]}
+    before, after = published_lines(plan, published_tables())
+    changes, count = mean_change(after, [before, after])
+    assert count == 6
+    stated = json.loads((ROOT / "results" / "published.json").read_text())["mean_change"]
+    assert {name: round(value, 2) for name, value in changes.items()} == stated
+
+
+def test_published_lines_stand_beside_our_own():
+    ours = [line("before", a=[(1, 1)]), line("FT, lr 0.01", a=[(1, 1)]), line("FT, lr 0.02", a=[(1, 1)])]
+    theirs = [line("FT", source="X", a=[(2, 2)]), line("NC", source="X", a=[(2, 2)])]
+    lines = side_by_side(ours, theirs)
+    assert [each.title for each in lines] == ["before", "FT, lr 0.01", "FT, lr 0.02", "FT"]
+
+
+@pytest.fixture
+def partial_results(plan_of, tmp_path):
+    """The plan of the tiny table with results of the networks before, and of one run of ANP."""
+    plan = json.loads(plan_of(TINY).as_json())
+    plan["folder"] = str(tmp_path / "cells")
+    runs = [run for runs in plan["rows"][0]["runs"].values() for run in runs]
+    runs.append(plan["rows"][1]["runs"]["badnets"][0])
+    for run in runs:
+        for name in run:
+            folder = tmp_path / "cells" / name
+            folder.mkdir(parents=True)
+            (folder / DONE).touch()
+            metrics = (
+                {"clean_accuracy": 80.0} if "benign" in name else {"clean_accuracy": 80.0, "attack_success_rate": 9}
+            )
+            if plan["cells"][name]["kind"] in RESULTS:
+                (folder / RESULTS[plan["cells"][name]["kind"]]).write_text(json.dumps({"metrics": metrics}))
+            else:
+                rows = '{"record": {}}\n{"seconds": 7}\n'
+                (folder / "optimize_log.jsonl").write_text(rows)
+    (tmp_path / "cells" / next(name for name in plan["cells"] if name.startswith("defend"))).mkdir()
+    path = tmp_path / "out" / "plan.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(plan))
+    return path
+
+
+def test_a_table_of_what_is_there(partial_results):
+    plan = json.loads(partial_results.read_text())
+    plan["seconds"] = True
+    header, rows = table_of(plan, measured_lines(plan))
+    assert header == ["defence", "BadNets", "benign (no backdoor)", "mean change", "seconds"]
+    assert rows[0] == ["before", "80.00 ± 0.00 / 9.00 ± 0.00 (2)", "80.00 ± 0.00 / - (2)", "-", "-"]
+    assert rows[1] == ["ANP", "80.00 / 9.00 (1 of 2)", "-", "+0.00 / +0.00 (1 of 2)", "7"]
+    assert rows[2] == ["ANP + FT", "-", "-", "-", "-"]
+    log = next(Path(plan["folder"]).glob("defend*")) / "log.txt"
+    log.write_text("date\ndefend: error: no luck\n")
+    missing = missing_cells(plan)
+    assert len(missing) == 20 - 4 - 2
+    assert missing[log.parent.name] == f"not finished: defend: error: no luck ({log})"
+    assert set(missing.values()) > {"not begun"}
+
+
+def test_all_files_are_written(partial_results, capsys):
+    pytest.importorskip("pandas", reason="pandas is not installed (requirements-tables.txt)")
+    from tables.render import render
+
+    render(partial_results)
+    folder = partial_results.parent
+    text = (folder / "table.md").read_text()
+    assert "| ANP | 80.00 / 9.00 (1 of 2) | - |" in text and "14 of 20 cells are missing" in text and "ddof = 1" in text
+    assert "$\\pm$" in (folder / "table.tex").read_text() and "±" not in (folder / "table.tex").read_text()
+    records = (folder / "table.csv").read_text().splitlines()
+    assert len(records) == 1 + 3 * 2 and records[3].startswith("ANP,,badnets,measured,1,2,80.0,,9.0,")
+    assert (folder / "table.png").read_bytes()[:4] == b"\x89PNG" and (folder / "table.pdf").read_bytes()[:4] == b"%PDF"
+    assert "saved" in capsys.readouterr().out
+
+
+def test_a_damaged_result_is_one_line(partial_results):
+    plan = json.loads(partial_results.read_text())
+    path = next(Path(plan["folder"]).glob("evaluate*")) / "metrics.json"
+    path.write_text('{"metrics": 3}')
+    with pytest.raises(InputError, match="no metrics; remove its folder"):
+        measured_lines(plan)
+
+
+def test_dry_run_prints_the_commands(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("tables.__main__.check_installed", lambda: None)
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+    assert main([str(path), "--dry-run", "--cells-dir", str(tmp_path / "cells")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 21 and lines[-1] == "20 of 20 cells are not done yet"
+    assert all(each.startswith("python ") for each in lines[:-1]) and not (tmp_path / "cells").exists()
+    assert main([str(tmp_path / "none.yaml"), "--dry-run"]) == 1
+    assert capsys.readouterr().err == f"tables: error: {tmp_path}/none.yaml: no such file\n"
