@@ -42,7 +42,7 @@ MUTATIONS = [
             "detector: the smallest margin",
             "found.append(margin.view(len(group), -1).amax(1))",
             "found.append(margin.view(len(group), -1).amin(1))",
-            "test_detection.py -k seed_gives",
+            "test_detection.py -k best_of",
         ),
         (
             "detector: noise away from the class",

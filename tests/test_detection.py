@@ -106,6 +106,15 @@ def test_more_ascent_finds_larger_margins():
     assert (many >= few).all() and many.sum() > 1.2 * few.sum()
 
 
+def test_the_best_of_the_images_counts():
+    """The first of five images is the only one of one: more images find no smaller margins, and some larger ones."""
+    few, many = (
+        margins(Planted().eval(), 6, (8, 8), PLAIN, DetectionConfig(margin_images=count, margin_steps=3))
+        for count in (1, 5)
+    )
+    assert (many >= few - 1e-5).all() and (many > few + 1e-3).any()
+
+
 def test_the_p_value_is_that_of_a_gamma_distribution():
     stats = pytest.importorskip("scipy.stats")
     statistic = Statistic.of(torch.tensor([2.0, 3.0, 9.0, 4.0, 3.5]))

@@ -140,7 +140,12 @@ def run_example(name):
 
 
 def test_every_python_example_is_run_here():
-    assert sorted(name for name, _ in blocks("python")) == ["README.md", "docs/attacks.md", "docs/defenses.md"]
+    assert sorted(name for name, _ in blocks("python")) == [
+        "README.md",
+        "docs/attacks.md",
+        "docs/defenses.md",
+        "docs/detection.md",
+    ]
 
 
 def test_example_your_own_network(tmp_path, monkeypatch, capsys):
@@ -161,6 +166,11 @@ def test_example_an_attack_from_python(capsys):
     changed = (poisoned.train.images != names["images"]).flatten(1).any(1)
     assert not changed[torch.isin(torch.arange(1000), poisoned.index, invert=True)].any() and changed.any()
     assert names["trigger"] is not None and "images carry the trigger" in capsys.readouterr().out
+
+
+def test_example_the_detector_from_python(capsys):
+    found = run_example("docs/detection.md")["found"]
+    assert len(found.statistics["margin"].values) == 10 and str(found.suspect) in capsys.readouterr().out
 
 
 def test_example_a_defence_from_python():
