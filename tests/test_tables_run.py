@@ -75,7 +75,7 @@ def test_a_failing_cell_leaves_the_others_done(table, tmp_path):
     assert all((tmp_path / "out" / f"table.{suffix}").stat().st_size for suffix in ("csv", "tex", "png", "pdf"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_table_that_was_stopped_goes_on(table, tmp_path, number):
     command = table("  ANP: anp --nb-iter 150 --print-every 5 --batch-size 4 --pruning-max 0.2 --pruning-step 0.2")
     process = subprocess.Popen(
@@ -92,16 +92,16 @@ def test_a_table_that_was_stopped_goes_on(table, tmp_path, number):
     os.killpg(process.pid, number)
     process.wait(LIMIT)
     (log,) = masks()
-    while number == signal.SIGINT and "interrupted" not in log.read_text():
+    while number == signal.SIGTERM and "interrupted" not in log.read_text():
         assert time.monotonic() < until
         time.sleep(0.1)
     assert not (log.parent / "done").exists()
-    assert (log.parent / "optimize_resume.th").exists() == (number == signal.SIGINT)
+    assert (log.parent / "optimize_resume.th").exists() == (number == signal.SIGTERM)
     trained = next((tmp_path / "cells").glob("train-*/last_model.th")).stat().st_mtime_ns
     status, output = run(command)
     assert status == 0 and "5 of 5 cells" in output, output
     assert next((tmp_path / "cells").glob("train-*/last_model.th")).stat().st_mtime_ns == trained, "it was done"
-    assert log.read_text().count("\n        5 ") == (1 if number == signal.SIGINT else 2), "it goes on where it was"
+    assert log.read_text().count("\n        5 ") == (1 if number == signal.SIGTERM else 2), "it goes on where it was"
     assert run([*command, "--dry-run"]) == (0, "0 of 5 cells are not done yet\n")
 
 
