@@ -65,17 +65,19 @@ def load_results(folder: Path) -> list[Result]:
     Raises:
         InputError: a file is no JSON, or an entry that the tables need is missing.
     """
-    results = []
-    for path in sorted(folder.glob("*.json")):
-        result = _read_json(path)
-        content = result.get("content")
-        if content not in REQUIRED:
-            raise InputError(f"{path}: content is {content!r}, expected one of {', '.join(REQUIRED)}")
-        missing = [name for name in REQUIRED[content] if name not in result]
-        if missing:
-            raise InputError(f"{path}: no entry {missing[0]!r}")
-        results.append({"file": path.name, **result})
-    return sorted(results, key=_place)
+    return sorted(map(load_result, sorted(folder.glob("*.json"))), key=_place)
+
+
+def load_result(path: Path) -> Result:
+    """Read one result file; raises as ``load_results``."""
+    result = _read_json(path)
+    content = result.get("content")
+    if content not in REQUIRED:
+        raise InputError(f"{path}: content is {content!r}, expected one of {', '.join(REQUIRED)}")
+    missing = [name for name in REQUIRED[content] if name not in result]
+    if missing:
+        raise InputError(f"{path}: no entry {missing[0]!r}")
+    return {"file": path.name, **result}
 
 
 def _read_json(path: Path) -> Result:
@@ -467,20 +469,21 @@ def collect(args: argparse.Namespace) -> Result:
 
 def _logs(folder: Path) -> dict[str, tuple[dict, list[dict]]]:
     """Return record and rows of each step's log, in the order of the steps."""
-    logs = {"optimize": _finished_log(folder, "optimize")}
+    logs = {"optimize": finished_log(folder, "optimize")}
     checkpoint = folder / Path(logs["optimize"][0]["arguments"]["checkpoint"]).name
     if (folder / "train_log.jsonl").exists() and checkpoint.with_suffix(".json").exists():
-        logs = {"train": _finished_log(folder, "train"), **logs}  # the training that made this checkpoint
-    logs["pruning_by_threshold"] = _finished_log(folder, "pruning_by_threshold")
+        logs = {"train": finished_log(folder, "train"), **logs}  # the training that made this checkpoint
+    logs["pruning_by_threshold"] = finished_log(folder, "pruning_by_threshold")
     if (folder / "pruning_by_number_log.jsonl").exists():
-        logs["pruning_by_number"] = _finished_log(folder, "pruning_by_number")
+        logs["pruning_by_number"] = finished_log(folder, "pruning_by_number")
     digests = {_digest(record) for step, (record, _) in logs.items() if step != "train"}
     if len(digests) > 1:
         raise InputError(f"{folder}: the logs of steps 2 and 3 are of different checkpoints; repeat step 3")
     return logs
 
 
-def _finished_log(folder: Path, step: str) -> tuple[dict, list[dict]]:
+def finished_log(folder: Path, step: str) -> tuple[dict, list[dict]]:
+    """Read the log of a step: the record and the rows; raises ``InputError`` where the run has not ended."""
     path = folder / f"{step}_log.jsonl"
     if not path.is_file():
         raise InputError(f"{path}: no such file; run steps 2 and 3 in this folder first")

@@ -162,12 +162,24 @@ def _climb(config: AnpConfig, noise: Tensor, gradient: Tensor) -> Tensor:
     return noise.clamp(-config.eps, config.eps) if config.project else noise
 
 
-def _ascend(
+def ascend(
     loss_of: Callable, mask: Tensor, noise: tuple[Tensor, Tensor], configs: Sequence[AnpConfig]
 ) -> tuple[Tensor, Tensor]:
-    """Equation 4: sign-gradient ascent of the perturbed loss from a random start, d and x (R, n) each.
+    """Equation 4: sign-gradient ascent of the perturbed loss from a random start.
 
     d <- d + eps/steps * sign(dCE/dd), x likewise. Starting inside the eps-ball, it may end as far as 2 * eps away.
+
+    Args:
+        loss_of: ``loss_of(mask, noise)`` returns the perturbed loss of each run, float32 (R,), and something else.
+        mask: handed to it.
+        noise: where the ascent starts, d and x.
+        configs: settings of each run; ``eps`` and ``project`` may differ, ``steps`` is the first one's.
+
+    Shape:
+        mask, d, x: float32 (R, n).
+
+    Returns:
+        d and x at the end.
     """
     for _ in range(configs[0].steps):
         noise = tuple(part.detach().requires_grad_() for part in noise)
@@ -202,7 +214,7 @@ def _iterate(
     # The inner maximum: the noise at which the masked network is worst (equation 4). Masks do not move here.
     perturbs = any(each.eps > 0 for each in configs)
     if perturbs:
-        noise = _ascend(loss_of, state.mask, tuple(noise), configs)
+        noise = ascend(loss_of, state.mask, tuple(noise), configs)
     # The outer minimum: alpha * CE(m*w, b) + (1-alpha) * CE((m+d)*w, (1+x)*b) (equation 3). Only masks have a
     # gradient; two backward passes, one after the other, need half the memory of one through the sum.
     mask = state.mask.detach().requires_grad_()  # (R, n); the gradient of a sum over runs has each run's in its row

@@ -50,7 +50,15 @@ def check_source(path: str | Path, checkpoint_sha256: str) -> None:
         raise InputError(f"{path}: these masks were learnt on another checkpoint; run step 2 on this one")
 
 
-def _parse(path: str | Path) -> list[Neuron]:
+def parse_masks(path: str | Path) -> list[Neuron]:
+    """Read a mask file without its network.
+
+    Returns:
+        The neurons in file order.
+
+    Raises:
+        InputError: the file is missing or damaged, or holds no neuron.
+    """
     if not os.path.lexists(path):
         raise InputError(f"{path}: no such file; step 2 (optimize_mask_cifar.py) writes it")
     lines = read_text(path).rstrip().splitlines()
@@ -67,6 +75,8 @@ def _parse(path: str | Path) -> list[Neuron]:
             ) from error
         if not 0 <= neurons[-1].mask <= 1:
             raise InputError(f"{path}: line {number}: mask {shorten(mask)} is outside 0..1")
+    if not neurons:
+        raise InputError(f"{path}: names no neuron")
     return neurons
 
 
@@ -83,7 +93,7 @@ def read_masks(path: str | Path, network: nn.Module) -> list[Neuron]:
     Raises:
         InputError: the file is missing or damaged, or was made for another network.
     """
-    neurons = _parse(path)
+    neurons = parse_masks(path)
     found = {(neuron.layer, neuron.index) for neuron in neurons}
     own = {(name, index) for name, layer in neuron_layers(network).items() for index in range(len(layer.weight))}
     if found != own or len(neurons) != len(own):

@@ -30,6 +30,9 @@ LINES = {
     "defender acc %": ("accuracy on the defender's images", GREEN, ":", "^"),
     "cross %": ("accuracy with other images' triggers", ORANGE, (0, (5, 1, 1, 1, 1, 1)), "v"),
 }
+# Networks, and how their neurons are perturbed.
+NETWORKS = ((VERMILLION, "s"), (BLUE, "o"), (GREEN, "^"), (PURPLE, "D"), (ORANGE, "v"), (BLACK, "X"))
+PERTURBATIONS = {"adversarial": "-", "random": "--"}
 RING = {"marker": "o", "markersize": 10, "markerfacecolor": "none", "color": BLACK, "linestyle": "none", "zorder": 9}
 MARKERS = 25  # on a line; more would hide its style
 SHAPES = "osD^v<>Pp*Xh"  # of the attacks of a table
@@ -81,6 +84,7 @@ def _matplotlib() -> Any:
         if backend and backend_registry.is_valid_backend(backend):
             matplotlib.rcParams["backend"] = backend  # the host program may want it
     import matplotlib.figure
+    import matplotlib.patches
     import matplotlib.ticker
 
     return matplotlib
@@ -175,6 +179,29 @@ def plot_images(path: Path, clean: Tensor, triggered: Tensor, titles: list[str])
     return figure
 
 
+def _draw_masks(by_layer: "Axes", total: "Axes", neurons: list, threshold: float) -> str:
+    """Draw one network's masks by layer and how many lie below each value; returns the share below the threshold."""
+    layers = list(dict.fromkeys(neuron.layer for neuron in neurons))
+    places = {layer: number for number, layer in enumerate(layers)}
+    step = math.ceil(len(layers) / LAYER_LABELS)
+    jitter = np.random.default_rng(0).uniform(-0.35, 0.35, len(neurons))
+    values = np.array([neuron.mask for neuron in neurons])
+    line = {"color": VERMILLION, "linestyle": "--", "zorder": 3}
+    # thousands of points: a bitmap in the PDF
+    where = [places[neuron.layer] for neuron in neurons] + jitter
+    by_layer.scatter(where, values, s=2, alpha=0.5, linewidths=0, color=BLUE, rasterized=True)
+    by_layer.set_xticks(range(0, len(layers), step), layers[::step], rotation=90, fontsize=7)
+    by_layer.set(ylabel="mask", xlim=(-0.7, len(layers) - 0.3), ylim=(-0.03, 1.03))
+    by_layer.set(title="mask of each neuron, by layer" + (f" (1 in {step} is named)" if step > 1 else ""))
+    by_layer.axhline(threshold, **line)
+    by_layer.grid(axis="x", visible=False)
+    total.step(np.sort(values), 100 * np.arange(1, len(values) + 1) / len(values), where="post", color=BLUE)
+    total.axvline(threshold, **line, label=f"the paper's threshold, {threshold:g}")
+    total.set(xlabel="mask", xlim=(-0.03, 1.03), xticks=np.linspace(0, 1, 6), title="all neurons")
+    total.set(ylabel="neurons at or below (%)", ylim=(-3, 103))
+    return f"{100 * (values <= threshold).mean():.1f} % of the neurons"
+
+
 def plot_masks(path: Path, neurons: list, threshold: float) -> "Figure":
     """Draw the mask of every neuron, a tuple with ``layer`` and ``mask``, and how many lie below each value.
 
@@ -186,28 +213,32 @@ def plot_masks(path: Path, neurons: list, threshold: float) -> "Figure":
     Returns:
         The figure as it was written.
     """
-    layers = list(dict.fromkeys(neuron.layer for neuron in neurons))
-    places = {layer: number for number, layer in enumerate(layers)}
-    step = math.ceil(len(layers) / LAYER_LABELS)
-    jitter = np.random.default_rng(0).uniform(-0.35, 0.35, len(neurons))
-    values = np.array([neuron.mask for neuron in neurons])
-    below = f"{100 * (values <= threshold).mean():.1f} % of the neurons at or below"
-    line = {"color": VERMILLION, "linestyle": "--", "zorder": 3}
     with _drawn(path, 9, 4.2) as figure:
         by_layer, total = figure.subplots(1, 2, width_ratios=(2.5, 1))
-        # thousands of points: a bitmap in the PDF
-        where = [places[neuron.layer] for neuron in neurons] + jitter
-        by_layer.scatter(where, values, s=2, alpha=0.5, linewidths=0, color=BLUE, rasterized=True)
-        by_layer.set_xticks(range(0, len(layers), step), layers[::step], rotation=90, fontsize=7)
-        by_layer.set(ylabel="mask", xlim=(-0.7, len(layers) - 0.3), ylim=(-0.03, 1.03))
-        by_layer.set(title="mask of each neuron, by layer" + (f" (1 in {step} is named)" if step > 1 else ""))
-        by_layer.axhline(threshold, **line)
-        by_layer.grid(axis="x", visible=False)
-        total.step(np.sort(values), 100 * np.arange(1, len(values) + 1) / len(values), where="post", color=BLUE)
-        total.axvline(threshold, **line, label=f"the paper's threshold, {threshold:g} ({below})")
-        total.set(xlabel="mask", xlim=(-0.03, 1.03), xticks=np.linspace(0, 1, 6), title="all neurons")
-        total.set(ylabel="neurons at or below (%)", ylim=(-3, 103))
-        figure.legend(loc="outside lower center")
+        below = _draw_masks(by_layer, total, neurons, threshold)
+        ((line,), (label,)) = total.get_legend_handles_labels()
+        figure.legend([line], [f"{label} ({below} at or below)"], loc="outside lower center")
+    return figure
+
+
+def plot_several_masks(path: Path, networks: dict[str, list], threshold: float) -> "Figure":
+    """Draw the masks of several networks one below the other, each as ``plot_masks`` does.
+
+    Args:
+        path: the PNG file; the PDF file lies beside it.
+        networks: neurons by what the network is called.
+        threshold: the paper's, 0..1; a line is drawn there.
+
+    Returns:
+        The figure as it was written.
+    """
+    with _drawn(path, 9, 3.4 * len(networks) + 0.4) as figure:
+        grid = figure.subplots(len(networks), 2, width_ratios=(2.5, 1), squeeze=False)
+        for (by_layer, total), (name, neurons) in zip(grid, networks.items(), strict=True):
+            below = _draw_masks(by_layer, total, neurons, threshold)
+            by_layer.set_title(f"{name}: {by_layer.get_title()}", parse_math=False)
+            total.set_title(f"{below} at or below {threshold:g}", fontsize="medium")
+        figure.legend(*grid[0, 1].get_legend_handles_labels(), loc="outside lower center")
     return figure
 
 
@@ -252,6 +283,138 @@ def plot_sweep(path: Path, rows: list[dict], by: str, chosen: dict) -> "Figure":
         by_mask.set(ylabel="accuracy, ASR (%)")
         by_share.set(xlabel="neurons pruned (%)")
         figure.legend(*by_share.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure
+
+
+def _at_common_places(curves: list[dict[float, float]]) -> tuple[np.ndarray, np.ndarray]:
+    """Return all places (P,) at which a run was measured, as far as every run reaches, and the runs' values (runs, P).
+
+    Between two places of its own a run is taken to be a straight line; where all have the same places nothing is.
+    """
+    curves = [dict(sorted(curve.items())) for curve in curves]
+    low, high = max(min(curve) for curve in curves), min(max(curve) for curve in curves)
+    places = np.array(sorted({place for curve in curves for place in curve if low <= place <= high}))
+    values = [np.interp(places, list(curve), list(curve.values())) for curve in curves]
+    return places, np.array(values)
+
+
+def _draw_mean(axes: "Axes", places: np.ndarray, values: np.ndarray, **look: Any) -> None:
+    """Draw the mean of values (runs, P) as a line, and as a band from the lowest to the highest."""
+    if len(values) > 1:
+        axes.fill_between(places, values.min(0), values.max(0), color=look["color"], alpha=0.2, linewidth=0, zorder=2)
+    axes.plot(places, values.mean(0), markevery=math.ceil(len(places) / MARKERS), **look)
+
+
+def _of_runs(counts: list[int], word: str) -> str:
+    """Say of how many runs a mean is."""
+    low, high = min(counts), max(counts)
+    several = f"{high}" if low == high else f"{low} to {high}"
+    return f"1 {word}" if high == 1 else f"mean of {several} {word}s"
+
+
+def _show_legend(figure: "Figure", axes: list["Axes"], counts: list[int], word: str) -> None:
+    """Name what any of the axes shows, and the bands."""
+    found = {}
+    for handles, labels in (each.get_legend_handles_labels() for each in axes):
+        found |= dict(zip(labels, handles, strict=True))
+    if max(counts) > 1:
+        found[f"lowest to highest {word}"] = _matplotlib().patches.Patch(color="0.5", alpha=0.3, linewidth=0)
+    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=2)
+
+
+def plot_sweeps(path: Path, groups: dict[str, list[tuple[list[dict], list[dict]]]]) -> "Figure":
+    """Draw C-Acc and ASR of several runs against the threshold and against the share of neurons pruned.
+
+    Lines are means, bands reach from the lowest to the highest run. A group shows what is known of all its runs, as far
+    as all of them reach.
+
+    Args:
+        path: the PNG file; the PDF file lies beside it.
+        groups: runs by title, such as the attack; of each run the rows that are drawn against the threshold, and
+            against the share. Each begins with the unpruned network, whose ``mask`` is None; accuracies in percent.
+
+    Returns:
+        The figure as it was written.
+
+    Raises:
+        ValueError: the runs of a group reach no point together.
+    """
+    counts = [len(runs) for runs in groups.values()]
+    with _drawn(path, 9, 2.9 * len(groups) + 1) as figure:
+        grid = figure.subplots(len(groups), 2, sharey=True, squeeze=False)
+        for (by_mask, by_share), (title, runs) in zip(grid, groups.items(), strict=True):
+            masks, shares = ([run[part] for run in runs] for part in (0, 1))
+            last = min(max(row["mask"] for row in rows[1:]) for rows in masks)
+            unpruned = _place_unpruned(by_mask, [last])
+            for name in ("C-Acc %", "ASR %"):
+                label, colour, style, marker = LINES[name]
+                look = {"color": colour, "marker": marker, "zorder": 3 + (name == "ASR %")}
+                look["label"] = f"{label}, {_of_runs(counts, 'run')}"
+                if any(row.get(name) is None for run in runs for rows in run for row in rows):
+                    continue  # no trigger
+                for axes, key, parts in (
+                    (by_mask, "mask", [rows[1:] for rows in masks]),
+                    (by_share, "pruned %", shares),
+                ):
+                    # of equal places the last counts: all neurons up to that mask are pruned there
+                    curves = [{round(row[key], 6): row[name] for row in rows} for rows in parts]
+                    places, values = _at_common_places(curves)
+                    if not len(places):
+                        raise ValueError(f"{title}: no {axes.get_xlabel() or key} is reached by all {len(runs)} runs")
+                    _draw_mean(axes, places, values, linestyle=style, **look)
+                before = np.array([rows[0][name] for rows in masks])
+                spread = [[before.mean() - before.min()], [before.max() - before.mean()]]
+                del look["label"]
+                by_mask.errorbar([unpruned], [before.mean()], spread, linestyle="none", **look)
+            by_mask.set(ylabel="accuracy, ASR (%)", ylim=(-3, 103), xlabel="threshold")
+            by_mask.set_title(f"{title} ({len(runs)} run{'s' * (len(runs) > 1)})", loc="left", parse_math=False)
+            by_share.set(xlabel="neurons pruned (%)")
+        _show_legend(figure, list(grid[:, 1]), counts, "run")
+    return figure
+
+
+def plot_perturbation(path: Path, networks: dict[str, list[dict]], target: str, classes: int) -> "Figure":
+    """Draw error rate and share of the target class among the answers against the size of a perturbation.
+
+    Lines are means over draws, bands reach from the lowest to the highest draw.
+
+    Args:
+        path: the PNG file; the PDF file lies beside it.
+        networks: at most as many as ``NETWORKS``; rows of each, one a draw: ``kind`` of ``PERTURBATIONS``, ``eps``,
+            ``error %`` and ``target %`` in percent.
+        target: what the target class is called.
+        classes: their number.
+
+    Returns:
+        The figure as it was written.
+    """
+    with _drawn(path, 9, 4.4) as figure:
+        panels, draws = figure.subplots(1, 2, sharey=True), []
+        for (name, rows), (colour, marker) in zip(networks.items(), NETWORKS, strict=False):
+            for kind, style in PERTURBATIONS.items():
+                own = [row for row in rows if row["kind"] == kind]
+                places = sorted({row["eps"] for row in own})
+                draws.append(len(own) // len(places))
+                for axes, column in zip(panels, ("error %", "target %"), strict=True):
+                    values = np.array([[row[column] for row in own if row["eps"] == place] for place in places]).T
+                    _draw_mean(
+                        axes,
+                        np.array(places),
+                        values,
+                        label=f"{kind}, {name} ({_of_runs([len(values)], 'draw')})".replace("$", r"\$"),
+                        color=colour,
+                        marker=marker,
+                        linestyle=style,
+                        markerfacecolor=colour if kind == "adversarial" else "white",
+                        zorder=3,
+                    )
+        panels[0].set(ylabel="wrong answers (%)", ylim=(-3, 103))
+        panels[1].axhline(100 / classes, color="0.6", linewidth=1, zorder=1, label=f"one class of {classes}")
+        panels[1].set_ylabel(f"answers “{target}” (%)", parse_math=False)
+        for axes in panels:
+            axes.set(xlabel="size of the perturbation, eps (relative to the weights)")
+            axes.yaxis.set_tick_params(labelleft=True)
+        _show_legend(figure, list(panels), draws, "draw")
     return figure
 
 

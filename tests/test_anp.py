@@ -97,7 +97,7 @@ def test_only_the_masks_change(network, images, labels):
 @pytest.mark.parametrize(("project", "bound"), [(False, 0.8), (True, 0.4)])
 @pytest.mark.parametrize("steps", [1, 4])
 def test_noise_bounds(network, images, labels, monkeypatch, project, bound, steps):
-    noises, original = [], module._ascend
+    noises, original = [], module.ascend
 
     def watch(loss_of, mask, noise, configs):
         assert max(part.abs().max() for part in noise) <= 0.4
@@ -105,7 +105,7 @@ def test_noise_bounds(network, images, labels, monkeypatch, project, bound, step
         noises.extend(result)
         return result
 
-    monkeypatch.setattr(module, "_ascend", watch)
+    monkeypatch.setattr(module, "ascend", watch)
     list(optimize_masks(convert_noisy(network), images, labels, settings(project=project, steps=steps)))
     largest = max(noise.abs().max().item() for noise in noises)
     assert largest <= bound + 1e-6
@@ -113,14 +113,14 @@ def test_noise_bounds(network, images, labels, monkeypatch, project, bound, step
 
 
 def test_the_ascent_raises_the_loss(network, images, labels, monkeypatch):
-    original = module._ascend
+    original = module.ascend
 
     def watch(loss_of, mask, noise, configs):
         after = original(loss_of, mask, noise, configs)
         assert loss_of(mask, after)[0] > loss_of(mask, noise)[0]
         return after
 
-    monkeypatch.setattr(module, "_ascend", watch)
+    monkeypatch.setattr(module, "ascend", watch)
     list(optimize_masks(convert_noisy(network), images, labels, settings()))
 
 

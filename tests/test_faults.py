@@ -1016,14 +1016,14 @@ def finish(process):
 def test_a_second_signal_ends_a_long_update_at_once(count, folder, capsys, monkeypatch):
     """A million ascent steps would take hours."""
     timers = [threading.Timer(0.3 * (n + 1), os.kill, (os.getpid(), signal.SIGINT)) for n in range(count)]
-    ascend = anp._ascend
+    ascend = anp.ascend
 
     def ascend_and_be_interrupted(*given):
         for timer in timers:
             timer.start()
         return ascend(*given)
 
-    monkeypatch.setattr(anp, "_ascend", ascend_and_be_interrupted)
+    monkeypatch.setattr(anp, "ascend", ascend_and_be_interrupted)
     assert optimize.main([*base(optimize, folder), "--anp-steps", "1000000"]) == 130
     for timer in timers:
         timer.cancel()

@@ -14,7 +14,7 @@ from matplotlib.colors import to_hex
 from PIL import Image
 
 from attacks.outputs import write_trigger
-from benchmarks import figure as readme_figure
+from benchmarks import figures
 from data.datasets import SYNTHETIC_NORMALIZATION, Dataset, ImageSet
 from data.synthetic import CLASSES, _inside
 from data.triggers import Trigger
@@ -219,18 +219,18 @@ def test_a_sweep_without_a_trigger_that_chose_nothing(tmp_path):
 def test_the_readmes_figure_shows_what_is_on_file(tmp_path, capsys):
     for folder in ("results", "docs"):
         (tmp_path / folder).mkdir()
-    content = (ROOT / "results" / readme_figure.RUN).read_bytes()
-    (tmp_path / "results" / readme_figure.RUN).write_bytes(content)
-    assert readme_figure.main([], tmp_path) == 0
+    content = (ROOT / "results" / figures.README_RUN).read_bytes()
+    (tmp_path / "results" / figures.README_RUN).write_bytes(content)
+    assert figures.main(["readme"], tmp_path) == 0
     assert {path.name for path in (tmp_path / "docs").iterdir()} == {"badnets_sweep.png", "badnets_sweep.pdf"}
     run = json.loads(content)
-    left, right = readme_figure.draw(tmp_path / "again.png", {"file": readme_figure.RUN, **run}).axes
+    left, right = figures.draw_readme(tmp_path / "again.png", {"file": figures.README_RUN, **run}).axes
     expected = [(row["threshold"], row["attack_success_rate"]) for row in run["by_threshold"]]
     assert [tuple(point) for point in lines_of(left)["ASR"].get_xydata()] == expected
     assert lines_of(right)["C-Acc"].get_xdata()[-1] == pytest.approx(100 * 701 / 4800)
     assert set(rings(left)[0].get_ydata()) == {87.7, 2.33, 89.6} and not run.get("excerpt")
-    (tmp_path / "results" / readme_figure.RUN).write_text("cut off")
-    assert readme_figure.main([], tmp_path) == 1
+    (tmp_path / "results" / figures.README_RUN).write_text("cut off")
+    assert figures.main(["readme"], tmp_path) == 1
     assert capsys.readouterr().err.count("\n") == 1
 
 
