@@ -1726,6 +1726,95 @@ MUTATIONS = [
         ("speed: events not waited for", "    last.record()\n", "", "test_speed.py -k between_events"),
     ),
     *_of(
+        "defenses/perturbation.py",
+        ("perturbation: beyond the eps-ball", "project=True", "project=False", "test_perturbation.py -k size"),
+        (
+            "perturbation: random ones inside the eps-ball",
+            "eps * drawn.sign()",
+            "eps * drawn",
+            "test_perturbation.py -k size",
+        ),
+        ("perturbation: every draw is the first", ", draw, device", ", 0, device", "test_perturbation.py -k seed"),
+        (
+            "perturbation: statistics of the batch in any case",
+            ' and config.statistics == "batch"',
+            "",
+            "test_perturbation.py -k itself",
+        ),
+        (
+            "perturbation: right answers counted as wrong",
+            "1 - right / len(clean)",
+            "right / len(clean)",
+            "test_perturbation.py -k planted",
+        ),
+        (
+            "perturbation: masks play a part",
+            "mask = torch.ones(",
+            "mask = 0.5 * torch.ones(",
+            "test_perturbation.py -k size",
+        ),
+    ),
+    *_of(
+        "formats/plots.py",
+        (
+            "figures: a band of nothing",
+            "values.min(0), values.max(0)",
+            "values.max(0), values.max(0)",
+            "test_figures.py -k several_runs",
+        ),
+        (
+            "figures: lines go on where a run has ended",
+            "if low <= place <= high",
+            "if low <= place",
+            "test_figures.py -k straight",
+        ),
+        (
+            "figures: the mean is the first run",
+            "values.mean(0), markevery",
+            "values[0], markevery",
+            "test_figures.py -k several_runs",
+        ),
+        (
+            "figures: errors drawn as the target class",
+            'zip(panels, ("error %", "target %"), strict=True)',
+            'zip(panels, ("error %", "error %"), strict=True)',
+            "test_figures.py -k two_networks",
+        ),
+    ),
+    *_of(
+        "benchmarks/figures.py",
+        (
+            "figures: the sweep by number is not looked at",
+            "(found[0], found[-1])",
+            "(found[0], found[0])",
+            "test_figures.py -k each_axis",
+        ),
+        (
+            "figures: a run counts twice",
+            "names.count(name) > 1",
+            "names.count(name) > 2",
+            "test_figures.py -k one_line",
+        ),
+        (
+            "figures: excerpts are drawn",
+            'if run.get("excerpt"):',
+            'if run.get("none"):',
+            "test_figures.py -k bad_sweeps",
+        ),
+        (
+            "figures: what is there is replaced",
+            "if there and not args.overwrite",
+            "if False and not args.overwrite",
+            "test_figures.py -k only_when_asked",
+        ),
+        (
+            "figures: the target of another network first",
+            "(given, each.target, *known)",
+            "(given, *known)",
+            "test_figures.py -k whose_target",
+        ),
+    ),
+    *_of(
         "engine/parallel.py",
         (
             "several processes: gradients of one half",
