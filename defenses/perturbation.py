@@ -107,7 +107,7 @@ def perturbed_answers(
             answers = logits.argmax(1)
             right += int((answers == labels).sum())
             counts = counts + answers.bincount(minlength=logits.shape[1]).cpu()
-        yield Answers(kind, eps, draw, 1 - right / len(clean), (counts / len(clean)).tolist())
+        yield Answers(kind, eps, draw, 1 - right / len(clean), [count / len(clean) for count in counts.tolist()])
 
 
 @torch.enable_grad()

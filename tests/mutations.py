@@ -1785,8 +1785,8 @@ MUTATIONS = [
         "benchmarks/figures.py",
         (
             "figures: the sweep by number is not looked at",
-            "(found[0], found[-1])",
-            "(found[0], found[0])",
+            "(rows[0], rows[-1])",
+            "(rows[0], rows[0])",
             "test_figures.py -k each_axis",
         ),
         (
