@@ -388,7 +388,7 @@ def plot_perturbation(path: Path, networks: dict[str, list[dict]], target: str, 
     Returns:
         The figure as it was written.
     """
-    with _drawn(path, 9, 4.4) as figure:
+    with _drawn(path, 9, 3.9 + 0.25 * len(networks)) as figure:  # each has two lines in the legend
         panels, draws = figure.subplots(1, 2, sharey=True), []
         for (name, rows), (colour, marker) in zip(networks.items(), NETWORKS, strict=False):
             for kind, style in PERTURBATIONS.items():
