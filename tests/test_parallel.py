@@ -50,6 +50,8 @@ class Network(nn.Module):
             time.sleep(2)
         return self.body(x)
 """
+# A port is free when torchrun chooses it, and may be taken when it is used: then another try is due.
+TAKEN = r"processes cannot meet|address already in use|EADDRINUSE|DistNetworkError|Rendezvous\w+Error"
 LOST = "train: error: another process of this training has ended; continue with --resume"
 
 
@@ -67,7 +69,11 @@ def torchrun(folder, flags, *more, **environment):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "tests/small.py"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
     command += ["train", "--output-dir", str(folder), *flags, *more]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    for _ in range(3):
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        if not re.search(TAKEN, done.stderr):
+            break
+    print(done.stderr)  # shown where a test fails
     return done.returncode, done.stdout, re.findall(r"^(?:train|process).*", done.stderr, re.MULTILINE)
 
 
