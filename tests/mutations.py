@@ -67,7 +67,7 @@ MUTATIONS = [
             "detector: images of the class itself",
             "(clean.labels != int(target)).nonzero()[:count, 0]",
             "clean.labels.nonzero()[:count, 0]",
-            "test_detection.py -k neuron_that",
+            "test_detection.py -k class_itself",
         ),
     ),
     *_of(

@@ -63,6 +63,17 @@ def test_a_neuron_that_sends_everything_to_a_class(clean):
     assert ((shares >= 0) & (shares <= 1)).all()
 
 
+def test_images_of_the_class_itself_do_not_count():
+    """A network that is always right, with hardly any noise: no image of another class gets there."""
+    labels = torch.arange(60) % 6
+    images = torch.zeros(60, 3, 8, 8)
+    images[torch.arange(60), :, labels] = 1.0
+    clean = CleanImages(images, labels)
+    assert clean.accuracy(Planted()) == 1
+    shares = targeted_noise(Planted().eval(), clean, 6, DetectionConfig(noise_eps=1e-6, noise_images=20))
+    assert shares.tolist() == [0.0] * 6
+
+
 def test_a_noise_is_that_of_its_class_alone(clean, monkeypatch):
     """Classes share passes; one by one they come to the same."""
     network = Planted().eval()
