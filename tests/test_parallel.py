@@ -122,6 +122,15 @@ def test_a_killed_process_ends_the_other_and_resume_goes_on(both, flags, tmp_pat
     assert out.count("nothing to resume") == 1
 
 
+def test_processes_of_torchrun_end_before_python_is_taken_down():
+    code = "import atexit; from utils.console import leave; atexit.register(print, 'down'); print('out'); leave(3)"
+    for variables, out in (({}, "out\ndown\n"), ({"TORCHELASTIC_RUN_ID": "none"}, "out\n")):
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (3, out, "")
+
+
 @pytest.mark.slow
 def test_a_signal_waits_for_the_update_of_all_and_resume_goes_on(both, flags, tmp_path):
     status, _, complaints = torchrun(tmp_path, flags, STOP="0 11")
