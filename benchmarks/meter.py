@@ -12,7 +12,10 @@ from torch.autograd.profiler_util import EventList, FunctionEventAvg
 from torch.profiler import ProfilerActivity, profile
 
 STRETCHES = 4  # of calls, of which the best counts
-CALLS = {"cpu": 3, "cuda": 200}  # in a stretch; a call takes a GPU a fraction of a millisecond
+CALLS = {"cpu": 12, "cuda": 200}  # in a stretch; a call takes a GPU a fraction of a millisecond
+# Images of a call. On a CPU few, or a fast one spends its time on pages: the C library gives outputs of 32 MB and more
+# back to the system after every call.
+IMAGES = {"cpu": 16, "cuda": 64}
 BUSY = 1.1  # ratio of two measurements of the same peak above which something else was computing
 OTHERS = 0.2  # CPUs that others may use
 # Operators on a CPU, kernels on a GPU. convertTensor and upsample_bilinear are neither.
@@ -37,19 +40,19 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
     return first.elapsed_time(last) / 1000
 
 
-def peak_flops(device: torch.device, precision: torch.dtype, batch: int = 64, channels: int = 256) -> float:
+def peak_flops(device: torch.device, precision: torch.dtype, channels: int = 256) -> float:
     """Return the FLOP/s of a large convolution: the best of several stretches of calls.
 
     Args:
         device: cpu or cuda.
         precision: data type of weights and images.
-        batch, channels: of the images, 32x32 each.
+        channels: of the images, 32x32 each.
     """
+    batch, calls = IMAGES[device.type], CALLS[device.type]
     layer = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
     layer = layer.to(device, precision, memory_format=torch.channels_last)
     images = torch.randn(batch, channels, 32, 32, device=device, dtype=precision)
     images = images.contiguous(memory_format=torch.channels_last)
-    calls = CALLS[device.type]
 
     def stretch(count: int) -> None:
         for _ in range(count):
