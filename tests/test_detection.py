@@ -10,6 +10,7 @@ import detect_cifar
 from data.datasets import Normalization
 from defenses.defense import CleanImages
 from defenses.detection import Detection, DetectionConfig, Statistic, detect, margins, targeted_noise
+from tests.test_structure import ROOT
 from utils.errors import InputError
 
 PLAIN = Normalization((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
@@ -204,3 +205,19 @@ def test_a_trigger_cannot_be_given(trained, tmp_path, capsys):
         with pytest.raises(SystemExit):
             detect_cifar.main(command(trained, tmp_path, flag, f"{trained}/trigger_info.th"))
         assert f"unrecognized arguments: {flag}" in capsys.readouterr().err
+
+
+def test_the_documentation_shows_what_was_found():
+    page = (ROOT / "docs" / "detection.md").read_text()
+    files = sorted((ROOT / "results" / "detection").glob("*.json"))
+    assert len(files) == page.count("\n| `")
+    for file in files:
+        found = json.loads(file.read_text())
+        statistics = {name: Statistic(**parts) for name, parts in found["statistics"].items()}
+        assert Detection.of(statistics, DetectionConfig.level).as_dict() == found
+        margin, noise = (
+            f"{part.suspect}: {factor * max(part.values):.1f} ({part.p_value:.2g})"
+            for part, factor in ((statistics["margin"], 1), (statistics["noise"], 100))
+        )
+        verdict = f"class {found['suspect']}" if found["backdoored"] else "-"
+        assert f"| `{file.stem}` | {margin} | {noise} | {found['p_value']:.2g} | {verdict} |" in page
