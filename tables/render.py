@@ -36,11 +36,13 @@ class Group:
         runs: how many are done; None where whoever published the figures does not say.
         planned: how many there are to be; None for published figures.
         values: by figure, one of each run that is done; percent, or seconds.
+        changes: by figure, of each of them the difference to its own network before the defence, if that is known.
     """
 
     runs: int | None
     planned: int | None
     values: dict[str, list[float]]
+    changes: dict[str, list[float]]
 
     def mean(self, figure: str) -> float | None:
         """Return the mean; None where nothing is known."""
@@ -75,25 +77,42 @@ class Line:
 
 def measured_lines(plan: dict[str, Any]) -> list[Line]:
     """Read what the cells measured; raises ``InputError`` where a result is damaged."""
-    return [
-        Line(
-            row["defense"],
-            row["setting"],
-            "",
-            {attack: _group(plan, runs) for attack, runs in row["runs"].items()},
-        )
-        for row in plan["rows"]
-    ]
+    before = {row["setting"]: row["runs"] for row in plan["rows"] if row["defense"] == BEFORE}
+    lines = []
+    for row in plan["rows"]:
+        known = {} if row["defense"] == BEFORE else before.get(row["setting"]) or before.get("", {})
+        groups = {attack: _group(plan, runs, known.get(attack, [])) for attack, runs in row["runs"].items()}
+        lines.append(Line(row["defense"], row["setting"], "", groups))
+    return lines
 
 
-def _group(plan: dict[str, Any], runs: list[list[str]]) -> Group:
-    folder = Path(plan["folder"])
-    done = [run for run in runs if (folder / run[-1] / DONE).exists()]
+def _group(plan: dict[str, Any], runs: list[list[str]], before: list[list[str]]) -> Group:
+    """Return what runs measured, and how it differs from what those of the networks ``before`` did."""
+    old = {_network(plan, run): _figures(plan, run) for run in _done(plan, before)}
+    done = _done(plan, runs)
+    return _grouped(len(done), len(runs), [(old.get(_network(plan, run), {}), _figures(plan, run)) for run in done])
+
+
+def _grouped(runs: int | None, planned: int | None, pairs: list[tuple[dict[str, float], dict[str, float]]]) -> Group:
+    """Return the group of some figures, each with those before the defence."""
     values: dict[str, list[float]] = {}
-    for run in done:
-        for name, value in _figures(plan, run).items():
+    changes: dict[str, list[float]] = {}
+    for old, new in pairs:
+        for name, value in new.items():
             values.setdefault(name, []).append(value)
-    return Group(len(done), len(runs), values)
+            if name in old:
+                changes.setdefault(name, []).append(value - old[name])
+    return Group(runs, planned, values, changes)
+
+
+def _done(plan: dict[str, Any], runs: list[list[str]]) -> list[list[str]]:
+    return [run for run in runs if Path(plan["folder"], run[-1], DONE).exists()]
+
+
+def _network(plan: dict[str, Any], run: list[str]) -> tuple[str, ...]:
+    """Return what a run begins with: the words for the network and its trigger in its first command."""
+    words = plan["cells"][run[0]]["command"]
+    return tuple(words[words.index(flag) + 1] for flag in ("--checkpoint", "--trigger-info") if flag in words)
 
 
 def _figures(plan: dict[str, Any], run: list[str]) -> dict[str, float]:
@@ -120,12 +139,12 @@ def published_lines(plan: dict[str, Any], tables: dict[str, dict[str, Any]]) -> 
     titles = {_base(row["defense"]) for row in plan["rows"]}
     for name in plan["published"]:
         rows = [row for row in tables[name]["rows"] if row["defense"] in titles and row["attack"] in plan["attacks"]]
+        known = {(row["defense"], row["attack"]): {figure: row[figure] for figure in FIGURES} for row in rows}
         for defense in dict.fromkeys(row["defense"] for row in rows):
-            groups = {
-                row["attack"]: Group(tables[name].get("runs"), None, {figure: [row[figure]] for figure in FIGURES})
-                for row in rows
-                if row["defense"] == defense
-            }
+            groups = {}
+            for attack in (row["attack"] for row in rows if row["defense"] == defense):
+                old = {} if defense == BEFORE else known.get((BEFORE, attack), {})
+                groups[attack] = _grouped(tables[name].get("runs"), None, [(old, known[defense, attack])])
             lines.append(Line(defense, "", tables[name]["cite"], groups))
     return lines
 
@@ -145,26 +164,14 @@ def side_by_side(ours: list[Line], published: list[Line]) -> list[Line]:
     return lines
 
 
-def mean_change(line: Line, lines: list[Line]) -> tuple[dict[str, float], int]:
-    """Return by how many points a line's figures differ from those before the defence, and over how many attacks.
-
-    Args:
-        line: of a defence.
-        lines: all; the line before is of the same source and, if there is one, of the same setting.
-    """
-    before = [each for each in lines if each.title == BEFORE and each.source == line.source]
-    before = [each for each in before if each.setting in ("", line.setting)]
-    if line.title == BEFORE or not before:
-        return {}, 0
-    changes: dict[str, list[float]] = {}
-    attacks = set()
-    for attack, group in line.groups.items():
-        for figure in FIGURES:
-            old, new = before[0].groups[attack].mean(figure) if attack in before[0].groups else None, group.mean(figure)
-            if old is not None and new is not None:
-                changes.setdefault(figure, []).append(new - old)
-                attacks.add(attack)
-    return {figure: statistics.fmean(values) for figure, values in changes.items()}, len(attacks)
+def mean_change(line: Line) -> tuple[dict[str, float], int]:
+    """Return the mean over attacks of the mean changes of a line's runs, in points, and over how many attacks."""
+    changes = [
+        {figure: statistics.fmean(group.changes[figure]) for figure in FIGURES if figure in group.changes}
+        for group in line.groups.values()
+    ]
+    means = {figure: [change[figure] for change in changes if figure in change] for figure in FIGURES}
+    return {figure: statistics.fmean(values) for figure, values in means.items() if values}, sum(map(bool, changes))
 
 
 # Writing
@@ -185,11 +192,10 @@ def _shown(group: Group | None) -> str:
     return f"{' / '.join(parts)} ({count})"
 
 
-def _shown_change(line: Line, lines: list[Line]) -> str:
-    changes, count = mean_change(line, lines)
+def _shown_change(line: Line, total: int) -> str:
+    changes, count = mean_change(line)
     if not changes:
         return "-"
-    total = len(lines[0].groups)
     text = " / ".join(f"{changes[figure]:+.2f}" if figure in changes else "-" for figure in FIGURES)
     return text if count == total else f"{text} ({count} of {total})"
 
@@ -210,7 +216,7 @@ def table_of(plan: dict[str, Any], lines: list[Line]) -> tuple[list[str], list[l
         known = [time for time in times if time is not None]
         time = [f"{statistics.fmean(known):.0f}" if known else "-"] if seconds else []
         setting = [line.setting or "-"] if sweep else []
-        rows.append([_title(line), *setting, *cells, _shown_change(line, lines), *time])
+        rows.append([_title(line), *setting, *cells, _shown_change(line, len(plan["attacks"])), *time])
     return header, rows
 
 
@@ -248,7 +254,7 @@ def _notes(plan: dict[str, Any], tables: dict[str, dict[str, Any]], missing: dic
     yield (
         "C-Acc / ASR on the test set in percent: mean ± standard deviation of the sample (ddof = 1) over the runs, "
         "whose number stands in brackets; of a single run there is no deviation. The mean change is that from the row "
-        f"`{BEFORE}`, in points, over the attacks."
+        f"`{BEFORE}`, in points, over the attacks; each run counts against its own network."
     )
     if plan["seconds"]:
         yield "Seconds are the defence's own, on one CPU thread; for ANP those of the masks, without the sweep."

@@ -13,7 +13,7 @@ from tables.cells import DONE, RESULTS, ROOT
 from tables.plan import make_plan
 from tables.published import published_tables
 from tables.render import (
-    Group,
+    TIMED,
     Line,
     mean_change,
     measured_lines,
@@ -163,43 +163,57 @@ def test_a_mistake_is_one_line(plan_of, old, new, message):
 # Rendering
 
 
-def line(title, source="", setting="", **figures):
-    groups = {
-        attack: Group(len(pairs), len(pairs), {
-            "clean_accuracy": [pair[0] for pair in pairs], "attack_success_rate": [pair[1] for pair in pairs]})
-        for attack, pairs in figures.items()
-    }  # fmt: skip
-    return Line(title, setting, source, groups)
+def finish(plan, run, c_acc, asr):
+    """Leave what the cells of a run leave, made up."""
+    for name in run:
+        folder, kind = Path(plan["folder"], name), plan["cells"][name]["kind"]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / DONE).touch()
+        if kind in RESULTS:
+            metrics = {"clean_accuracy": c_acc, "attack_success_rate": asr}
+            (folder / RESULTS[kind]).write_text(json.dumps({"metrics": metrics}))
+        if kind in TIMED:
+            (folder / TIMED[kind]).write_text('{"record": {}}\n{"seconds": 7}\n')
 
 
-def test_aggregation_with_known_numbers():
-    before = line("before", a=[(90, 100), (92, 98)], b=[(80, 90)])
-    after = line("ANP", a=[(88, 10), (90, 0)], b=[(79, 2)])
-    group = after.groups["a"]
+def test_aggregation_with_known_numbers(plan_of, tmp_path):
+    plan = json.loads(plan_of("networks: {badnets: badnets-[0-2], sig: sig-0}\ndefenses: {FT: ft}").as_json())
+    plan["folder"] = str(tmp_path / "cells")
+    before, after = (row["runs"] for row in plan["rows"])
+    for run, figures in zip(before["badnets"], [(90, 100), (50, 60), (93, 98)], strict=True):
+        finish(plan, run, *figures)
+    finish(plan, before["sig"][0], 80, 90)
+    finish(plan, after["badnets"][0], 88, 10)
+    finish(plan, after["badnets"][2], 90, 0)
+    finish(plan, after["sig"][0], 79, 2)
+    old, new = measured_lines(plan)
+    group = new.groups["badnets"]
     assert group.mean("clean_accuracy") == 89 and group.deviation("clean_accuracy") == pytest.approx(2**0.5)
     assert group.deviation("attack_success_rate") == pytest.approx(statistics.stdev([10, 0]))
-    assert after.groups["b"].deviation("clean_accuracy") is None, "of a single run"
-    changes, count = mean_change(after, [before, after])
+    assert new.groups["sig"].deviation("clean_accuracy") is None, "of a single run"
+    assert group.changes["clean_accuracy"] == [-2, -3], "each against its own network, whatever the others were"
+    changes, count = mean_change(new)
     assert count == 2
-    assert changes == {"clean_accuracy": pytest.approx(-1.5), "attack_success_rate": pytest.approx((-94 - 88) / 2)}
-    others = line("before", source="X", a=[(0, 0)])
-    assert mean_change(after, [others, before, after])[0] == changes, "our own row before"
+    assert changes == {"clean_accuracy": pytest.approx(-1.75), "attack_success_rate": pytest.approx((-94 - 88) / 2)}
+    assert mean_change(old) == ({}, 0)
+    _, rows = table_of(plan, [old, new])
+    assert rows[1][1:] == ["89.00 ± 1.41 / 5.00 ± 7.07 (2 of 3)", "79.00 / 2.00 (1)", "-1.75 / -91.00"]
 
 
 def test_the_published_mean_changes_come_out():
     attacks = ["badnets", "blend", "iab-one", "iab-all", "clean-label", "sig"]
     plan = {"rows": [{"defense": "before"}, {"defense": "ANP"}], "attacks": attacks, "published": ["paper"]}
     before, after = published_lines(plan, published_tables())
-    changes, count = mean_change(after, [before, after])
+    assert mean_change(before) == ({}, 0)
+    changes, count = mean_change(after)
     assert count == 6
     stated = json.loads((ROOT / "results" / "published.json").read_text())["mean_change"]
     assert {name: round(value, 2) for name, value in changes.items()} == stated
 
 
 def test_published_lines_stand_beside_our_own():
-    ours = [line("before", a=[(1, 1)]), line("FT, lr 0.01", a=[(1, 1)]), line("FT, lr 0.02", a=[(1, 1)])]
-    theirs = [line("FT", source="X", a=[(2, 2)]), line("NC", source="X", a=[(2, 2)])]
-    lines = side_by_side(ours, theirs)
+    ours = [Line(title, "", "", {}) for title in ("before", "FT, lr 0.01", "FT, lr 0.02")]
+    lines = side_by_side(ours, [Line(title, "", "X", {}) for title in ("FT", "NC")])
     assert [each.title for each in lines] == ["before", "FT, lr 0.01", "FT, lr 0.02", "FT"]
 
 
