@@ -1,5 +1,6 @@
 """Table files: what they become, what is wrong with them, and how results are put together."""
 
+import itertools
 import json
 import statistics
 from pathlib import Path
@@ -122,6 +123,13 @@ def test_the_table_files_of_the_project_are_right(path):
     plan = make_plan(path)
     assert set(plan.published) <= published_tables().keys() and len(plan.rows) > 2
     assert all(row.runs[attack] for row in plan.rows for attack in plan.attacks)
+
+
+def test_the_table_of_seconds_shares_all_but_what_anp_makes():
+    """As the page and the file say: their masks are learned, those of the main table are the zoo's."""
+    whole, seconds = (make_plan(ROOT / "tables" / f"{name}.yaml") for name in ("main", "seconds"))
+    own = {name for row in seconds.rows if "ANP" in row.defense for name in itertools.chain(*row.runs["badnets"])}
+    assert own and seconds.cells.keys() - whole.cells.keys() == own
 
 
 @pytest.mark.parametrize(
