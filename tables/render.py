@@ -128,9 +128,16 @@ def _figures(plan: dict[str, Any], run: list[str]) -> dict[str, float]:
 
 
 def _seconds(folder: Path, kind: str) -> float | None:
-    """Return how long a step took, as the last row of its log says."""
+    """Return how long a step took from loading to its result, as the last row of its log says."""
     _, rows = read_table(folder / TIMED[kind])
     return rows[-1].get("seconds") if rows else None
+
+
+def _devices(plan: dict[str, Any]) -> set[str]:
+    """Return the devices of the cells that are timed, as far as they are done."""
+    logs = [Path(plan["folder"], name, TIMED.get(cell["kind"], "")) for name, cell in plan["cells"].items()]
+    records = [read_table(log)[0] for log in logs if log.is_file() and log.with_name(DONE).exists()]
+    return {record.get("runtime", {}).get("device", "an unknown device") for record in records}
 
 
 def published_lines(plan: dict[str, Any], tables: dict[str, dict[str, Any]]) -> list[Line]:
@@ -250,14 +257,19 @@ def missing_cells(plan: dict[str, Any]) -> dict[str, str]:
     return missing
 
 
-def _notes(plan: dict[str, Any], tables: dict[str, dict[str, Any]], missing: dict[str, str]) -> Iterable[str]:
+def notes(plan: dict[str, Any], tables: dict[str, dict[str, Any]], missing: dict[str, str]) -> Iterable[str]:
+    """Yield the paragraphs below a table: what its figures mean, where others come from, and what is missing."""
     yield (
         "C-Acc / ASR on the test set in percent: mean ± standard deviation of the sample (ddof = 1) over the runs, "
         "whose number stands in brackets; of a single run there is no deviation. The mean change is that from the row "
         f"`{BEFORE}`, in points, over the attacks; each run counts against its own network."
     )
     if plan["seconds"]:
-        yield "Seconds are the defence's own, on one CPU thread; for ANP those of the masks, without the sweep."
+        devices = " and ".join("one CPU thread" if name == "cpu" else name for name in sorted(_devices(plan)))
+        yield (
+            "Seconds count the loading, the defence, and the measurements on the test set on its way; for ANP those of "
+            f"the masks, without the sweep.{devices and f' Measured on {devices}.'}"
+        )
     for name in plan["published"]:
         yield f"As reported by {tables[name]['cite']}: {tables[name]['setting_in_words']}."
     if missing:
@@ -279,7 +291,7 @@ def render(path: Path) -> None:
     lines = side_by_side(ours, published_lines(plan, tables))
     header, rows = table_of(plan, lines)
     missing = missing_cells(plan)
-    text = "\n\n".join([f"# {plan['title']}", markdown(header, rows).strip(), *_notes(plan, tables, missing)])
+    text = "\n\n".join([f"# {plan['title']}", markdown(header, rows).strip(), *notes(plan, tables, missing)])
     write_text(path.with_name("table.md"), text + "\n")
     write_text(path.with_name("table.csv"), pandas.DataFrame(records_of(lines)).to_csv(index=False))
     latex = pandas.DataFrame(rows, columns=header).to_latex(index=False, escape=True, caption=plan["title"])

@@ -19,6 +19,7 @@ from tables.render import (
     mean_change,
     measured_lines,
     missing_cells,
+    notes,
     published_lines,
     side_by_side,
     table_of,
@@ -171,7 +172,7 @@ def test_a_mistake_is_one_line(plan_of, old, new, message):
 # Rendering
 
 
-def finish(plan, run, c_acc, asr):
+def finish(plan, run, c_acc, asr, device="cpu"):
     """Leave what the cells of a run leave, made up."""
     for name in run:
         folder, kind = Path(plan["folder"], name), plan["cells"][name]["kind"]
@@ -181,7 +182,8 @@ def finish(plan, run, c_acc, asr):
             metrics = {"clean_accuracy": c_acc, "attack_success_rate": asr}
             (folder / RESULTS[kind]).write_text(json.dumps({"metrics": metrics}))
         if kind in TIMED:
-            (folder / TIMED[kind]).write_text('{"record": {}}\n{"seconds": 7}\n')
+            record = {"record": {"runtime": {"device": device}}}
+            (folder / TIMED[kind]).write_text(json.dumps(record) + '\n{"seconds": 7}\n')
 
 
 def test_aggregation_with_known_numbers(plan_of, tmp_path):
@@ -206,6 +208,20 @@ def test_aggregation_with_known_numbers(plan_of, tmp_path):
     assert mean_change(old) == ({}, 0)
     _, rows = table_of(plan, [old, new])
     assert rows[1][1:] == ["89.00 ± 1.41 / 5.00 ± 7.07 (2 of 3)", "79.00 / 2.00 (1)", "-1.75 / -91.00"]
+
+
+def test_seconds_say_what_they_count_and_where(plan_of, tmp_path):
+    plan = json.loads(plan_of("networks: {sig: sig-0}\ndefenses: {FT: ft, ANP: anp}\nseconds: true").as_json())
+    plan["folder"] = str(tmp_path / "cells")
+
+    def note():
+        return next(text for text in notes(plan, {}, {}) if text.startswith("Seconds"))
+
+    assert "the loading" in note() and "test set" in note() and "CPU" not in note()
+    finish(plan, plan["rows"][1]["runs"]["sig"][0], 80, 90, "cuda:0")
+    assert note().endswith(" Measured on cuda:0.")
+    finish(plan, plan["rows"][2]["runs"]["sig"][0], 80, 90)
+    assert note().endswith(" Measured on one CPU thread and cuda:0.")
 
 
 def test_the_published_mean_changes_come_out():
