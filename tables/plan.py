@@ -12,7 +12,7 @@ from pathlib import Path
 from attacks.flags import DEFAULT_ATTACK
 from formats.zoo import Zoo, ZooConfig, open_zoo
 from tables.cells import CELLS, Cell, make_cell, taken
-from tables.published import BEFORE, published_tables
+from tables.published import BEFORE, published_tables, rows_beside
 from tables.table_file import Flags, Network, Stage, Table, read_table_file
 from utils.errors import InputError, quote
 
@@ -101,8 +101,7 @@ class _Planner:
             same = len(made) > 1 and all(row.runs == made[0].runs for row in made)
             rows += [Row(title, "", made[0].runs)] if same else made
         self._refuse_useless()
-        for name in set(table.published) - published_tables().keys():
-            raise InputError(f"published: no table {quote(name)}; there are {', '.join(published_tables())}")
+        self._check_published(attacks)
         folder = str(self.folder)
         return Plan(table.title, table.sweep[0], attacks, rows, self.cells, table.published, table.seconds, folder)
 
@@ -113,6 +112,15 @@ class _Planner:
                 close = difflib.get_close_matches(flag, self.used, 1)
                 hint = f"; did you mean {close[0]}?" if close else ""
                 raise InputError(f"{where}: no command of this table takes {quote(flag)}{hint}")
+
+    def _check_published(self, attacks: list[str]) -> None:
+        """Raise ``InputError`` where a published table is not known, or has nothing to show beside this table's rows."""
+        known = published_tables()
+        for name in self.table.published:
+            if name not in known:
+                raise InputError(f"published: no table {quote(name)}; there are {', '.join(known)}")
+            if not rows_beside(known[name], [BEFORE, *self.table.defenses], attacks):
+                raise InputError(f"published: {name} has no figures of these attacks and defences; leave it out")
 
     def _open_zoo(self) -> Zoo:
         given = {flag: values[0] for flag, values in self.table.flags.items() if values}

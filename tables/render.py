@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.tables import TITLES, markdown
 from formats.plots import plot_table
 from tables.cells import DONE, LOG, RESULTS
-from tables.published import BEFORE, published_tables
+from tables.published import BEFORE, base, published_tables, rows_beside
 from utils.config import make_parser
 from utils.console import announce
 from utils.errors import InputError, shorten
@@ -143,9 +143,9 @@ def _devices(plan: dict[str, Any]) -> set[str]:
 def published_lines(plan: dict[str, Any], tables: dict[str, dict[str, Any]]) -> list[Line]:
     """Return a line for each defence of the tables that the plan names, of the plan's attacks and defences alone."""
     lines = []
-    titles = {_base(row["defense"]) for row in plan["rows"]}
+    titles = [row["defense"] for row in plan["rows"]]
     for name in plan["published"]:
-        rows = [row for row in tables[name]["rows"] if row["defense"] in titles and row["attack"] in plan["attacks"]]
+        rows = rows_beside(tables[name], titles, plan["attacks"])
         known = {(row["defense"], row["attack"]): {figure: row[figure] for figure in FIGURES} for row in rows}
         for defense in dict.fromkeys(row["defense"] for row in rows):
             groups = {}
@@ -156,18 +156,13 @@ def published_lines(plan: dict[str, Any], tables: dict[str, dict[str, Any]]) -> 
     return lines
 
 
-def _base(title: str) -> str:
-    """Return a defence's name without its settings: ``FT`` of ``FT, lr 0.01``."""
-    return title.partition(",")[0]
-
-
 def side_by_side(ours: list[Line], published: list[Line]) -> list[Line]:
     """Put published lines behind our last one of the same defence."""
     lines = []
     for number, line in enumerate(ours):
         lines.append(line)
-        if _base(line.title) not in {_base(each.title) for each in ours[number + 1 :]}:
-            lines += [each for each in published if each.title == _base(line.title)]
+        if base(line.title) not in {base(each.title) for each in ours[number + 1 :]}:
+            lines += [each for each in published if each.title == base(line.title)]
     return lines
 
 

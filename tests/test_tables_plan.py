@@ -147,6 +147,7 @@ def test_the_table_of_seconds_shares_all_but_what_anp_makes():
         ("seeds: [0, 1]", "networks: {x: no-such-net}", "no network 'no-such-net' in the zoo"),
         ("seeds: [0, 1]", "networks: {badnets: badnets-0}", "stands in networks and in attacks"),
         ("seeds: [0, 1]", "published: [nobody]", "published: no table 'nobody'"),
+        ("seeds: [0, 1]", "published: [ft-sam-2500]", "published: ft-sam-2500 has no figures of these attacks"),
         ("seeds: [0, 1]", "sweep: {title: x}", "sweep: needs title and values"),
         ("seeds: [0, 1]", "sweep: {title: x, values: {1: --sam-rho 1}}", "no command of this table takes '--sam-rho'"),
         ("ft --nb-iter 2", "tf --nb-iter 2", "invalid choice: 'tf'"),
