@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from tables.published import BEFORE, base
 from utils.errors import InputError, quote
 from utils.files import JSON_LIMIT, read_text
 
@@ -113,6 +114,9 @@ def _read(content: dict[str, Any]) -> Table:
         raise InputError("names no networks and no attacks, so there is nothing to defend")
     for attack in table.networks.keys() & table.attacks.keys():
         raise InputError(f"{attack}: stands in networks and in attacks; call one of them something else")
+    for title in table.defenses:
+        if base(title) == BEFORE:
+            raise InputError(f"defenses: {title}: so the row of the networks as they are is called; choose another title")
     if not table.sweep[1]:
         raise InputError("sweep: values is empty")
     return table

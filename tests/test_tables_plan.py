@@ -150,6 +150,8 @@ def test_the_table_of_seconds_shares_all_but_what_anp_makes():
         ("seeds: [0, 1]", "published: [ft-sam-2500]", "published: ft-sam-2500 has no figures of these attacks"),
         ("seeds: [0, 1]", "sweep: {title: x}", "sweep: needs title and values"),
         ("seeds: [0, 1]", "sweep: {title: x, values: {1: --sam-rho 1}}", "no command of this table takes '--sam-rho'"),
+        ("  ANP: anp", "  before: anp", "defenses: before: so the row of the networks as they are is called"),
+        ("  ANP: anp", "  before, again: anp", "defenses: before, again: so the row"),
         ("ft --nb-iter 2", "tf --nb-iter 2", "invalid choice: 'tf'"),
         ("ft --nb-iter 2", "ft --nb-itr 2", "did you mean --nb-iter?"),
         ("ft --nb-iter 2", "clp --nb-iter 2", "--nb-iter has no effect with --defense clp"),
