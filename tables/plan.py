@@ -188,6 +188,7 @@ class _Planner:
                 flags = dict(stage.flags)
                 inputs = self._inputs(subject)
                 if kind == "masks" and "--mask-file" in flags:
+                    _refuse_flags_of_masks(flags)
                     continue
                 if kind == "defend":
                     inputs["--defense"] = (stage.method,)
@@ -231,6 +232,13 @@ class _Planner:
         cell, args = make_cell(kind, slug, inputs, flags, sorted(set(needs)), self.folder, self.zoo)
         self.cells[cell.name] = cell
         return cell.name, args
+
+
+def _refuse_flags_of_masks(flags: Flags) -> None:
+    """Raise ``InputError`` where a flag is for learning masks, as none are learned."""
+    for flag in flags:
+        if flag in taken("masks", "") - taken("prune", ""):
+            raise InputError(f"{flag} has no effect with --mask-file; leave one of them out")
 
 
 def _goes_to(flag: str, kind: str, kinds: list[str]) -> bool:
