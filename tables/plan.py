@@ -13,7 +13,7 @@ from attacks.flags import DEFAULT_ATTACK
 from formats.zoo import Zoo, ZooConfig, open_zoo
 from tables.cells import CELLS, Cell, make_cell, taken
 from tables.published import BEFORE, published_tables, rows_beside
-from tables.table_file import Flags, Network, Stage, Table, read_table_file
+from tables.table_file import SURROGATE, Flags, Network, Stage, Table, read_table_file
 from utils.errors import InputError, quote
 
 ZOO_MASKS = ("zoo",)  # of --mask-file: the masks that the zoo has of the network
@@ -114,7 +114,7 @@ class _Planner:
                 raise InputError(f"{where}: no command of this table takes {quote(flag)}{hint}")
 
     def _check_published(self, attacks: list[str]) -> None:
-        """Raise ``InputError`` where a published table is not known, or has nothing to show beside this table's rows."""
+        """Raise ``InputError`` where a published table is not known, or has no row to stand beside those here."""
         known = published_tables()
         for name in self.table.published:
             if name not in known:
@@ -164,7 +164,7 @@ class _Planner:
         """Return the network that a training makes."""
         flags = dict(flags)
         needs: tuple[str, ...] = ()
-        if flags.get("--clb-surrogate") == ("surrogate",):
+        if flags.get("--clb-surrogate") == SURROGATE:
             if self.table.surrogate is None:
                 raise InputError(f"attacks: {attack}: the table has no surrogate to build a set against")
             surrogate = self._trained("surrogate", self.table.surrogate, seed, swept)

@@ -14,6 +14,7 @@ from utils.files import JSON_LIMIT, read_text
 Flags = dict[str, tuple[str, ...]]  # values by flag
 RESERVED = {"--output-dir", "--resume", "--overwrite", "--checkpoint", "--checkpoints", "--trigger-info", "--json"}
 RESERVED |= {"--threads", "--seed", "--seeds", "--defense", "--help", "--version"}  # of every cell, or no settings
+SURROGATE = ("surrogate",)  # of --clb-surrogate: the network that the table file trains for it
 NAMES = {dict: "a mapping", list: "a list", str: "a text", bool: "true or false"}
 
 
@@ -116,7 +117,10 @@ def _read(content: dict[str, Any]) -> Table:
         raise InputError(f"{attack}: stands in networks and in attacks; call one of them something else")
     for title in table.defenses:
         if base(title) == BEFORE:
-            raise InputError(f"defenses: {title}: so the row of the networks as they are is called; choose another title")
+            raise InputError(f"defenses: {title}: so the row of the networks as they are is called; change the title")
+    wanted = [flags.get("--clb-surrogate") for flags in table.attacks.values()]
+    if table.surrogate is not None and SURROGATE not in wanted:
+        raise InputError("surrogate: no attack has --clb-surrogate surrogate; leave it out")
     if not table.sweep[1]:
         raise InputError("sweep: values is empty")
     return table
@@ -188,6 +192,8 @@ def read_flags(given: Any, where: str) -> Flags:
     for word in words:
         if word.startswith("--"):
             flag, equals, value = word.partition("=")
+            if flag in flags:
+                raise InputError(f"{where}: {flag} comes twice")
             flags[flag] = (value,) if equals else ()
         elif flag is None:
             raise InputError(f"{where}: expected flags, found {quote(word)}")

@@ -158,6 +158,8 @@ def test_the_table_of_seconds_shares_all_but_what_anp_makes():
         ("ft --nb-iter 2", "ft --nb-iter two", "invalid whole number value: 'two'"),
         ("ft --nb-iter 2", "anp --mask-file zoo", "the zoo has no masks"),
         ("ft --nb-iter 2", "anp --mask-file zoo --anp-eps 0.2", "--anp-eps has no effect with --mask-file"),
+        ("ft --nb-iter 2", "ft --nb-iter 2 --nb-iter=3", "defenses: ANP + FT: --nb-iter comes twice"),
+        ("seeds: [0, 1]", "surrogate: --poison-type benign", "surrogate: no attack has --clb-surrogate surrogate"),
         ("anp --nb-iter 3", "anp --nb-ter 3", "unrecognized arguments: --nb-ter"),
         ("--epoch 1", "--output-dir x", "--output-dir is not for a table file"),
         ("--epoch 1", "epoch 1", "expected flags, found 'epoch'"),
