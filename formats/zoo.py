@@ -121,13 +121,13 @@ class Zoo:
         if part not in entry.files:
             raise InputError(f"{entry.name}: the zoo has no {part} of it, only {' and '.join(entry.files)}")
         known = entry.files[part]
-        there = None if _is_address(self.base) else Path(self.base, known["file"])
+        there = None if is_address(self.base) else Path(self.base, known["file"])
         if there and there.is_file():
             found = sha256_of(there)
             if found != known["sha256"]:
                 raise InputError(f"{there}: its sha256 is {found}, but the zoo's index says {known['sha256']}")
             return there
-        beside = _beside(self.base, known["file"]) if _is_address(self.base) else ()
+        beside = _beside(self.base, known["file"]) if is_address(self.base) else ()
         target = self.cache / f"zoo-{_short_digest(self.base)}" / known["file"]
         path = fetch(Wanted(target, (*beside, *known["mirrors"]), known["sha256"], known["bytes"]), self.cache)
         if part in ("network", "trigger"):  # a trigger may be generators, which need to know what they were trained for
@@ -163,7 +163,8 @@ class Zoo:
         raise InputError(f"{given}: not in {place}; {there}")
 
 
-def _is_address(place: str) -> bool:
+def is_address(place: str) -> bool:
+    """Say whether a text is the address of a file, not a path or a name."""
     return bool(_ADDRESS.fullmatch(place))
 
 
@@ -182,7 +183,7 @@ def check_name(name: str) -> None:
 
 def folder_of(config: ZooConfig) -> Path:
     """Return the folder of an index that can be written; raises ``InputError`` where it lies at an address."""
-    if _is_address(place := config.zoo_index or str(INDEX)):
+    if is_address(place := config.zoo_index or str(INDEX)):
         raise InputError(f"--zoo-index {place}: cannot be written; name a folder")
     return Path(place).parent if Path(place).suffix == INDEX.suffix else Path(place)
 
@@ -198,7 +199,7 @@ def open_zoo(config: ZooConfig) -> Zoo:
         InputError: it is missing or no index.
     """
     place = config.zoo_index or str(INDEX)
-    if _is_address(place):
+    if is_address(place):
         path = config.cache / f"zoo-{_short_digest(place)}" / INDEX.name
         return Zoo(place, config.cache, *_read_index(fetch_latest(place, path, JSON_LIMIT)))
     path = Path(place, INDEX.name) if Path(place).is_dir() else Path(place)
@@ -260,7 +261,7 @@ def _fault_of_file(part: str, file: Any) -> str | None:
     if type(file["bytes"]) is not int or file["bytes"] < 1:
         return f"{part} has {quote(file['bytes'])} bytes"
     mirrors = file["mirrors"]
-    if not isinstance(mirrors, list) or not all(isinstance(each, str) and _is_address(each) for each in mirrors):
+    if not isinstance(mirrors, list) or not all(isinstance(each, str) and is_address(each) for each in mirrors):
         return f"{part} has mirrors {quote(mirrors)}"
     return None
 
@@ -278,7 +279,7 @@ def locate(given: str, part: str, config: ZooConfig) -> Path:
     """
     if os.path.lexists(given):
         return Path(given)
-    if _is_address(given):
+    if is_address(given):
         name = re.split(r"[/:]", given.partition("?")[0])[-1]
         name = name if _NAME.fullmatch(name) else "file"
         target = config.cache / "addresses" / _short_digest(given) / name

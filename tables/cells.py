@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import io
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from attacks import ATTACKS
+from data.datasets import FOLDER
 from defenses import DEFENSES
-from formats.zoo import PARTS, Zoo
+from formats.zoo import PARTS, Zoo, is_address
 from tables.table_file import Flags
 from utils.config import InputCode, flag_fields
 from utils.errors import InputError
@@ -112,7 +114,7 @@ def make_cell(
         zoo: knows the content of networks by name.
 
     Raises:
-        InputError: the script would refuse the command, or a file cannot be read.
+        InputError: the script would refuse the command, or an input is not there or cannot be read.
     """
     output = ["--json", RESULTS[kind]] if kind == "evaluate" else ["--output-dir", kind]
 
@@ -120,6 +122,7 @@ def make_cell(
         return parse(kind, [*output, *_words({**inputs, **some, "--threads": ("1",)})])
 
     args = parsed(flags)
+    _check_images(flags)
     settings = {flag: flags[flag] for flag in flags if flag in ALWAYS or _matters(flag, flags, args, parsed)}
     identity = _identity({**inputs, **settings}, args, folder, zoo)
     digest = hashlib.sha256(json.dumps([kind, sorted(identity.items())], default=str).encode()).hexdigest()[:10]
@@ -140,30 +143,58 @@ def _matters(flag: str, flags: Flags, args: argparse.Namespace, parsed: Callable
         return True  # it has to be given
 
 
+def _check_images(flags: Flags) -> None:
+    """Raise ``InputError`` where the folder of the images is not there."""
+    for flag, begin in (("--data-dir", ""), ("--dataset", FOLDER)):
+        for value in flags.get(flag, ()):
+            if value.startswith(begin) and not Path(value.removeprefix(begin)).is_dir():
+                raise InputError(f"{flag} {value}: there is no such folder; make it first")
+
+
 def _identity(flags: Flags, args: argparse.Namespace, folder: Path, zoo: Zoo) -> dict[str, Any]:
     """Return what tells a cell from others: its settings, and the content of its inputs."""
-    files = {**input_files(args), **input_folders(args)}
+    files, folders = input_files(args), input_folders(args)
     identity = {}
     for flag, values in flags.items():
         option = _option(flag)
         value = getattr(args, option)
-        identity[option] = _content(option, values[0], files[option], folder, zoo) if option in files else value
+        identity[option] = value
+        if option in files:
+            identity[option] = _content(flag, values[0], files[option], folder, zoo)
+        if option in folders:
+            identity[option] = _content_of_folder(flag, folders[option])
         if isinstance(value, InputCode):
             identity[option] += value.function
     return identity
 
 
-def _content(option: str, given: str, path: Path, folder: Path, zoo: Zoo) -> str:
-    """Return what stands for an input: its place in the cell that makes it, or else the digest of its content."""
+def _content(flag: str, given: str, path: Path, folder: Path, zoo: Zoo) -> str:
+    """Return what stands for an input: its place in the cell that makes it, or else the digest of its content.
+
+    What lies at an address, or in a folder that others published, stands for itself: it is fetched when it is needed.
+
+    Raises:
+        InputError: it is nowhere.
+    """
     if path.is_relative_to(folder):
         return str(path.relative_to(folder))
-    if path.is_dir():
-        return sha256_of_folder(path)
-    if path.exists():
+    if os.path.lexists(path):
         card = card_path(path)
         return sha256_of(path) + (sha256_of(card) if card.is_file() else "")
-    entry = zoo.entries.get(given)
-    return entry.files[PARTS[option]]["sha256"] if entry and PARTS.get(option) in entry.files else given
+    part, entry = PARTS.get(_option(flag)), zoo.entries.get(given)
+    if entry and part in entry.files:
+        return entry.files[part]["sha256"]
+    name, _, file = given.partition("/")
+    if part and (is_address(given) or (file and name in zoo.folders)):
+        return given
+    others = f", no address, and the zoo has no such {part}" if part else ""
+    raise InputError(f"{flag} {given}: no such file{others}")
+
+
+def _content_of_folder(flag: str, path: Path) -> str:
+    if not path.is_dir():
+        raise InputError(f"{flag} {path}: no such folder")
+    return sha256_of_folder(path)
 
 
 def _slug(kind: str, subject: str, inputs: Flags, settings: list[str], args: argparse.Namespace) -> str:

@@ -4,13 +4,12 @@ import argparse
 import difflib
 import fnmatch
 import json
-import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from attacks.flags import DEFAULT_ATTACK
-from formats.zoo import Zoo, ZooConfig, open_zoo
+from formats.zoo import Zoo, ZooConfig, is_address, open_zoo
 from tables.cells import CELLS, Cell, make_cell, taken
 from tables.published import BEFORE, published_tables, rows_beside
 from tables.table_file import SURROGATE, Flags, Network, Stage, Table, read_table_file
@@ -70,7 +69,7 @@ def make_plan(path: Path, cells: Path = CELLS) -> Plan:
         cells: the folder for the cells' folders.
 
     Raises:
-        InputError: the file is wrong, a network is nowhere, or a script would refuse one of the commands.
+        InputError: the file is wrong, an input is nowhere, or a script would refuse one of the commands.
     """
     table = read_table_file(path)
     try:
@@ -145,11 +144,7 @@ class _Planner:
     def _found(self, attack: str, given: Network) -> Iterable[_Subject]:
         """Yield the networks that a name or a pattern of the zoo, a path or an address stands for."""
         name = given.checkpoint
-        if (
-            Path(name).exists()
-            or re.match(r"(https?://|doi:|drive:|hf:)", name)
-            or name.split("/")[0] in self.zoo.folders
-        ):
+        if Path(name).exists() or is_address(name) or name.split("/")[0] in self.zoo.folders:
             yield _Subject(Path(name).parent.name + "-" + Path(name).stem, name, given.trigger)
             return
         try:
