@@ -12,6 +12,7 @@ Writes to save/tables/NAME/: table.md, table.csv, table.tex, table.png and .pdf,
 import argparse
 import importlib.util
 import os
+import re
 import shlex
 import sys
 from functools import partial
@@ -47,16 +48,17 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_installed() -> None:
+def check_installed(*names: str) -> None:
     """Raise ``InputError`` where a package is missing that tables need and the rest of the project does not."""
-    missing = [name for name in ("yaml", "pandas", "jinja2", "snakemake") if not importlib.util.find_spec(name)]
+    missing = [name for name in names if not importlib.util.find_spec(name)]
     if missing:
         raise InputError(f"{missing[0]} is not installed; pip install -r requirements-tables.txt, or make table")
 
 
 def snakemake(plan: Path, args: argparse.Namespace, others: list[str]) -> list[str]:
     """Return the command that runs a plan; ``others`` are options of Snakemake."""
-    cores = [] if "--jobs" in others or "-j" in others else ["--cores", str(args.cores or "all")]
+    says_jobs = any(re.match(r"--jobs(=|$)|-j", each) for each in others)
+    cores = [] if says_jobs else ["--cores", str(args.cores or "all")]
     gpus = ["--resources", f"gpu={args.gpus}"] if args.gpus else []
     return [
         *(sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "tables" / "Snakefile")),
@@ -69,7 +71,7 @@ def snakemake(plan: Path, args: argparse.Namespace, others: list[str]) -> list[s
 
 def work(args: argparse.Namespace, others: list[str]) -> None:
     """Plan, and run or render; where it runs, this process becomes Snakemake."""
-    check_installed()
+    check_installed("yaml")
     from tables.cells import CELLS, DONE
     from tables.plan import make_plan
     from tables.render import render
@@ -82,10 +84,12 @@ def work(args: argparse.Namespace, others: list[str]) -> None:
             announce(shlex.join(cell.command))
         announce(f"{len(todo)} of {len(plan.cells)} cells are not done yet")
         return
+    ends_here = args.render or not todo
+    check_installed("pandas", "jinja2", *([] if ends_here else ["snakemake"]))
     output = Path(args.output_dir or OUTPUT / path.stem)
     output.mkdir(parents=True, exist_ok=True)
     write_bytes(output / "plan.json", plan.as_json())
-    if args.render or not todo:
+    if ends_here:
         render(output / "plan.json")
         return
     announce(f"{len(todo)} of {len(plan.cells)} cells are to be done")

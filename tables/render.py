@@ -7,7 +7,8 @@ Whatever is there is shown; what is missing is a dash, and listed:
 import argparse
 import statistics
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -272,6 +273,22 @@ def notes(plan: dict[str, Any], tables: dict[str, dict[str, Any]], missing: dict
         yield "\n".join(f"- `{name}`: {state}" for name, state in missing.items())
 
 
+@contextmanager
+def _read_as_plan(path: Path) -> Iterator[None]:
+    """Turn what a damaged or edited plan causes in the block into one line.
+
+    Raises:
+        InputError: the block found that something is missing or of the wrong type.
+    """
+    try:
+        yield
+    except InputError:
+        raise  # it says more
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        reason = shorten(f"{type(error).__name__}: {error}")
+        raise InputError(f"{path}: not the plan of a table ({reason}); python -m tables writes it anew") from error
+
+
 def render(path: Path) -> None:
     """Write table.md, table.csv, table.tex, table.png and table.pdf beside a plan, and say what is missing.
 
@@ -282,11 +299,11 @@ def render(path: Path) -> None:
     import pandas  # takes a second, and only this needs it
 
     plan, tables = read_json(path, limit=64_000_000), published_tables()
-    ours = measured_lines(plan)
-    lines = side_by_side(ours, published_lines(plan, tables))
-    header, rows = table_of(plan, lines)
-    missing = missing_cells(plan)
-    text = "\n\n".join([f"# {plan['title']}", markdown(header, rows).strip(), *notes(plan, tables, missing)])
+    with _read_as_plan(path):
+        lines = side_by_side(measured_lines(plan), published_lines(plan, tables))
+        header, rows = table_of(plan, lines)
+        missing = missing_cells(plan)
+        text = "\n\n".join([f"# {plan['title']}", markdown(header, rows).strip(), *notes(plan, tables, missing)])
     write_text(path.with_name("table.md"), text + "\n")
     write_text(path.with_name("table.csv"), pandas.DataFrame(records_of(lines)).to_csv(index=False))
     latex = pandas.DataFrame(rows, columns=header).to_latex(index=False, escape=True, caption=plan["title"])

@@ -4,12 +4,13 @@ import itertools
 import json
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("yaml", reason="PyYAML is not installed (requirements-tables.txt)")
 
-from tables.__main__ import main
+from tables.__main__ import build_parser, main, snakemake
 from tables.cells import DONE, RESULTS, ROOT
 from tables.plan import make_plan
 from tables.published import published_tables
@@ -322,8 +323,63 @@ def test_a_damaged_result_is_one_line(partial_results):
         measured_lines(plan)
 
 
-def test_dry_run_prints_the_commands(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("tables.__main__.check_installed", lambda: None)
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda plan: {},
+        lambda plan: {**plan, "rows": 3},
+        lambda plan: {**plan, "rows": [{}]},
+        lambda plan: {**plan, "cells": {}},
+        lambda plan: {**plan, "cells": dict.fromkeys(plan["cells"], "a")},
+        lambda plan: {**plan, "folder": None},
+        lambda plan: {**plan, "published": ["nobody"]},
+    ],
+)
+def test_a_damaged_plan_is_one_line(partial_results, capsys, damage):
+    pytest.importorskip("pandas", reason="pandas is not installed (requirements-tables.txt)")
+    from tables.render import main
+
+    partial_results.write_text(json.dumps(damage(json.loads(partial_results.read_text()))))
+    assert main([str(partial_results)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"tables: error: {partial_results}: not the plan of a table (")
+    assert [path.name for path in partial_results.parent.iterdir()] == ["plan.json"]
+
+
+def test_only_what_is_needed_has_to_be_installed(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+    rendered = []
+    monkeypatch.setattr("tables.render.render", rendered.append)
+    there = {"yaml", "pandas", "jinja2"}
+    util = SimpleNamespace(find_spec=lambda name: name in there)
+    monkeypatch.setattr("tables.__main__.importlib", SimpleNamespace(util=util))
+    places = ["--output-dir", str(tmp_path / "out"), "--cells-dir", str(tmp_path / "cells")]
+    assert main([str(path), *places]) == 1 and "snakemake is not installed" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main([str(path), *places, "--render"]) == 0 and rendered == [tmp_path / "out" / "plan.json"]
+    there.remove("pandas")
+    assert main([str(path), *places, "--render"]) == 1 and "pandas is not installed" in capsys.readouterr().err
+    assert main([str(path), *places, "--dry-run"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("others", "cores"),
+    [
+        (["--jobs", "50"], False),
+        (["--jobs=50"], False),
+        (["-j50"], False),
+        (["-j", "50"], False),
+        (["--jobscript", "x"], True),
+        ([], True),
+    ],
+)
+def test_snakemake_gets_cores_or_jobs(others, cores):
+    command = snakemake(Path("plan.json"), build_parser().parse_args(["x.yaml"]), others)
+    assert ("--cores" in command) == cores and command[len(command) - len(others) :] == others
+
+
+def test_dry_run_prints_the_commands(tmp_path, capsys):
     path = tmp_path / "tiny.yaml"
     path.write_text(TINY)
     assert main([str(path), "--dry-run", "--cells-dir", str(tmp_path / "cells")]) == 0
