@@ -6,7 +6,8 @@ On this machine, with all its cores:
 On a cluster, or with any other option of Snakemake after the two dashes (docs/tables.md):
     python -m tables tables/main.yaml -- --executor slurm --jobs 50
 
-Writes to save/tables/NAME/: table.md, table.csv, table.tex, table.png and .pdf, and plan.json, which has every command.
+Writes to save/tables/NAME/: table.md, table.csv, table.tex, table.png and .pdf, plan.json, which has every command, and
+missing.md while cells are missing.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Collect what the cells of a plan measured, and write the table as Markdown, CSV, LaTeX and a figure.
 
-Whatever is there is shown; what is missing is a dash, and listed:
+Whatever is there is shown; what is missing is a dash, and listed in missing.md:
     python -m tables.render save/tables/main/plan.json
 """
 
@@ -26,6 +26,7 @@ from utils.guard import guard
 from utils.table import read_table
 
 FIGURES = {"clean_accuracy": "C-Acc", "attack_success_rate": "ASR"}
+MISSING = "missing.md"  # beside the table
 TIMED = {"masks": "optimize_log.jsonl", "defend": "defend_log.jsonl"}  # pruning takes no time, its sweep measures
 
 
@@ -269,8 +270,7 @@ def notes(plan: dict[str, Any], tables: dict[str, dict[str, Any]], missing: dict
     for name in plan["published"]:
         yield f"As reported by {tables[name]['cite']}: {tables[name]['setting_in_words']}."
     if missing:
-        yield f"{len(missing)} of {len(plan['cells'])} cells are missing:"
-        yield "\n".join(f"- `{name}`: {state}" for name, state in missing.items())
+        yield f"{len(missing)} of {len(plan['cells'])} cells are missing: {MISSING}"
 
 
 @contextmanager
@@ -289,8 +289,19 @@ def _read_as_plan(path: Path) -> Iterator[None]:
         raise InputError(f"{path}: not the plan of a table ({reason}); python -m tables writes it anew") from error
 
 
+def _write_missing(path: Path, plan: dict[str, Any], missing: dict[str, str]) -> None:
+    """List the cells that are not done, in a file and on the screen; no file where there are none."""
+    for name, state in missing.items():
+        announce(f"{name}: {state}")
+    if not missing:
+        path.unlink(missing_ok=True)
+        return
+    lines = [f"# {plan['title']}: {len(missing)} of {len(plan['cells'])} cells are missing\n"]
+    write_text(path, "\n".join([*lines, *(f"- `{name}`: {state}" for name, state in missing.items())]) + "\n")
+
+
 def render(path: Path) -> None:
-    """Write table.md, table.csv, table.tex, table.png and table.pdf beside a plan, and say what is missing.
+    """Write table.md, table.csv, table.tex, table.png and table.pdf beside a plan; in missing.md, what is missing.
 
     Raises:
         InputError: the plan or a result is damaged, or a published table is not known.
@@ -305,6 +316,7 @@ def render(path: Path) -> None:
         missing = missing_cells(plan)
         text = "\n\n".join([f"# {plan['title']}", markdown(header, rows).strip(), *notes(plan, tables, missing)])
     write_text(path.with_name("table.md"), text + "\n")
+    _write_missing(path.with_name(MISSING), plan, missing)
     write_text(path.with_name("table.csv"), pandas.DataFrame(records_of(lines)).to_csv(index=False))
     latex = pandas.DataFrame(rows, columns=header).to_latex(index=False, escape=True, caption=plan["title"])
     write_text(path.with_name("table.tex"), latex.replace("±", r"$\pm$"))
@@ -327,8 +339,6 @@ def render(path: Path) -> None:
         ],
         [TITLES.get(attack, attack) for attack in plan["attacks"]],
     )
-    for name, state in missing.items():
-        announce(f"{name}: {state}")
     announce(f"saved {path.with_name('table.md')}: {len(plan['cells']) - len(missing)} of {len(plan['cells'])} cells")
 
 

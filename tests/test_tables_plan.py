@@ -189,14 +189,14 @@ def test_a_mistake_is_one_line(plan_of, old, new, message):
 # Rendering
 
 
-def finish(plan, run, c_acc, asr, device="cpu"):
+def finish(plan, run, c_acc, asr=None, device="cpu"):
     """Leave what the cells of a run leave, made up."""
+    metrics = {"clean_accuracy": c_acc} if asr is None else {"clean_accuracy": c_acc, "attack_success_rate": asr}
     for name in run:
         folder, kind = Path(plan["folder"], name), plan["cells"][name]["kind"]
         folder.mkdir(parents=True, exist_ok=True)
         (folder / DONE).touch()
         if kind in RESULTS:
-            metrics = {"clean_accuracy": c_acc, "attack_success_rate": asr}
             (folder / RESULTS[kind]).write_text(json.dumps({"metrics": metrics}))
         if kind in TIMED:
             record = {"record": {"runtime": {"device": device}}}
@@ -266,18 +266,7 @@ def partial_results(plan_of, tmp_path):
     runs = [run for runs in plan["rows"][0]["runs"].values() for run in runs]
     runs.append(plan["rows"][1]["runs"]["badnets"][0])
     for run in runs:
-        for name in run:
-            folder = tmp_path / "cells" / name
-            folder.mkdir(parents=True)
-            (folder / DONE).touch()
-            metrics = (
-                {"clean_accuracy": 80.0} if "benign" in name else {"clean_accuracy": 80.0, "attack_success_rate": 9}
-            )
-            if plan["cells"][name]["kind"] in RESULTS:
-                (folder / RESULTS[plan["cells"][name]["kind"]]).write_text(json.dumps({"metrics": metrics}))
-            else:
-                rows = '{"record": {}}\n{"seconds": 7}\n'
-                (folder / "optimize_log.jsonl").write_text(rows)
+        finish(plan, run, 80.0, None if "benign" in run[-1] else 9)
     (tmp_path / "cells" / next(name for name in plan["cells"] if name.startswith("defend"))).mkdir()
     path = tmp_path / "out" / "plan.json"
     path.parent.mkdir()
@@ -308,12 +297,18 @@ def test_all_files_are_written(partial_results, capsys):
     render(partial_results)
     folder = partial_results.parent
     text = (folder / "table.md").read_text()
-    assert "| ANP | 80.00 / 9.00 (1 of 2) | - |" in text and "14 of 20 cells are missing" in text and "ddof = 1" in text
+    assert "| ANP | 80.00 / 9.00 (1 of 2) | - |" in text and "ddof = 1" in text
+    assert text.endswith("14 of 20 cells are missing: missing.md\n") and "not begun" not in text
+    assert (folder / "missing.md").read_text().count("`: not begun\n") == 14
     assert "$\\pm$" in (folder / "table.tex").read_text() and "±" not in (folder / "table.tex").read_text()
     records = (folder / "table.csv").read_text().splitlines()
     assert len(records) == 1 + 3 * 2 and records[3].startswith("ANP,,badnets,measured,1,2,80.0,,9.0,")
     assert (folder / "table.png").read_bytes()[:4] == b"\x89PNG" and (folder / "table.pdf").read_bytes()[:4] == b"%PDF"
     assert "saved" in capsys.readouterr().out
+    plan = json.loads(partial_results.read_text())
+    finish(plan, plan["cells"], 80, 9)
+    render(partial_results)
+    assert "missing" not in (folder / "table.md").read_text() and not (folder / "missing.md").exists()
 
 
 def test_a_damaged_result_is_one_line(partial_results):

@@ -68,8 +68,10 @@ def test_a_failing_cell_leaves_the_others_done(table, tmp_path):
     (failed,) = [path for path in (tmp_path / "cells").glob("defend-*") if (path / "log.txt").exists()]
     assert len(list((tmp_path / "cells").glob("*/done"))) == 4, "training, before, masks and pruning"
     text = (tmp_path / "out" / "table.md").read_text()
-    assert f"`{failed.name}`: not finished: defend: error: " in text and f"({failed}/log.txt)" in text
-    assert "not begun" in text and "| broken | - |" in text and f"{failed}/log.txt" in output
+    assert "| broken | - |" in text and "2 of 6 cells are missing: missing.md" in text
+    missing = (tmp_path / "out" / "missing.md").read_text()
+    assert f"`{failed.name}`: not finished: defend: error: " in missing and f"({failed}/log.txt)" in missing
+    assert missing.count(": not begun") == 1 and f"{failed}/log.txt" in output
     row = next(line for line in text.splitlines() if line.startswith("| ANP |"))
     assert row.count("(1)") == 1
     assert all((tmp_path / "out" / f"table.{suffix}").stat().st_size for suffix in ("csv", "tex", "png", "pdf"))
