@@ -204,7 +204,7 @@ def finish(plan, run, c_acc, asr=None, device="cpu"):
 
 
 def test_aggregation_with_known_numbers(plan_of, tmp_path):
-    plan = json.loads(plan_of("networks: {badnets: badnets-[0-2], sig: sig-0}\ndefenses: {FT: ft}").as_json())
+    plan = json.loads(plan_of("networks: {badnets: 'badnets-[0-2]', sig: sig-0}\ndefenses: {FT: ft}").as_json())
     plan["folder"] = str(tmp_path / "cells")
     before, after = (row["runs"] for row in plan["rows"])
     for run, figures in zip(before["badnets"], [(90, 100), (50, 60), (93, 98)], strict=True):
