@@ -307,14 +307,14 @@ def render(path: Path) -> None:
         InputError: the plan or a result is damaged, or a published table is not known.
         OSError: the folder cannot be written or the disk is full.
     """
-    import pandas  # takes a second, and only this needs it
-
     plan, tables = read_json(path, limit=64_000_000), published_tables()
     with _read_as_plan(path):
         lines = side_by_side(measured_lines(plan), published_lines(plan, tables))
         header, rows = table_of(plan, lines)
         missing = missing_cells(plan)
         text = "\n\n".join([f"# {plan['title']}", markdown(header, rows).strip(), *notes(plan, tables, missing)])
+    import pandas  # takes a second, and only what follows needs it
+
     write_text(path.with_name("table.md"), text + "\n")
     _write_missing(path.with_name(MISSING), plan, missing)
     write_text(path.with_name("table.csv"), pandas.DataFrame(records_of(lines)).to_csv(index=False))

@@ -332,7 +332,6 @@ def test_a_damaged_result_is_one_line(partial_results):
     ],
 )
 def test_a_damaged_plan_is_one_line(partial_results, capsys, damage):
-    pytest.importorskip("pandas", reason="pandas is not installed (requirements-tables.txt)")
     from tables.render import main
 
     partial_results.write_text(json.dumps(damage(json.loads(partial_results.read_text()))))
