@@ -50,18 +50,25 @@ class TuningConfig(Defense):
 
 
 def pruned_rows(network: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
-    """Return the weights in which something is pruned, with 0 for the neurons that are and 1 for the others.
+    """Return the weights and biases in which something is pruned, with 0 for the neurons that are and 1 for the others.
 
-    A neuron is pruned where all of its weight is exactly 0, whoever pruned it. The factors have the shape
-    (C, 1, ...) of the weight (C, ...).
+    A neuron is pruned where all of its weight is exactly 0, whoever pruned it. Its bias is pruned where it is exactly 0
+    as well, as FP and CLP leave it; ANP leaves the bias, which is trained on. The factors have the shape (C, 1, ...) of
+    the parameter (C, ...).
     """
-    found = []
-    for name, parameter in network.named_parameters():
-        if name.rpartition(".")[2] == "weight":
-            kept = parameter.detach().flatten(1).any(1) if parameter.dim() > 1 else parameter.detach() != 0  # (C,)
-            if not kept.all():
-                found.append((parameter, along_first(kept.to(parameter.dtype), parameter)))
-    return found
+    parameters, found = dict(network.named_parameters()), []
+    for name, weight in parameters.items():
+        if name.rpartition(".")[2] == "weight" and not (kept := _not_zero(weight)).all():
+            found.append((weight, kept))
+            bias = parameters.get(name.removesuffix("weight") + "bias")
+            if bias is not None and bias.shape[:1] == weight.shape[:1]:
+                found.append((bias, kept | _not_zero(bias)))
+    return [(part, along_first(kept.to(part.dtype), part)) for part, kept in found if not kept.all()]
+
+
+def _not_zero(parameter: Tensor) -> Tensor:
+    """Say which neurons have a part that is not 0: bool (C,)."""
+    return parameter.detach().flatten(1).any(1) if parameter.dim() > 1 else parameter.detach() != 0
 
 
 class TuningLoop(RepairLoop):

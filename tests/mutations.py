@@ -78,6 +78,18 @@ MUTATIONS = [
             "parameter.grad.mul_(1)",
             "test_defenses.py -k stay_pruned",
         ),
+        (
+            "FT: shifts of pruned neurons are trained",
+            "kept | _not_zero(bias)",
+            "kept | True",
+            "test_defenses.py -k shift_that_was_pruned",
+        ),
+        (
+            "FT: shifts that ANP leaves are held",
+            "kept | _not_zero(bias)",
+            "kept",
+            "test_defenses.py -k shift_that_was_pruned",
+        ),
         ("FT: the rate never drops", "DROP if iteration >=", "1 if iteration >=", "test_defenses.py -k rate_drops"),
         (
             "FT: BatchNorm in eval mode",

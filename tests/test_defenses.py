@@ -110,6 +110,17 @@ def test_pruned_neurons_stay_pruned(name, network, clean):
 
 
 @pytest.mark.parametrize("name", TUNING)
+def test_a_shift_that_was_pruned_stays_pruned_and_another_is_trained(name, network, clean):
+    pruned, constant = network.layer4[1].bn2, network.layer2[0].bn1
+    with torch.no_grad():
+        pruned.weight[3] = pruned.bias[3] = constant.weight[5] = 0  # as FP and CLP prune, and as ANP does
+    repaired = defense(name).repair(network, clean.images, clean.labels)
+    after = repaired.layer4[1].bn2
+    assert after.weight[3] == after.bias[3] == 0 and (after.bias != pruned.bias).sum() == 31
+    assert repaired.layer2[0].bn1.bias[5] != constant.bias[5]
+
+
+@pytest.mark.parametrize("name", TUNING)
 def test_bfloat16_computes_nearly_the_same(name, network, clean):
     weights = [
         defense(name, precision=precision).repair(network, clean.images, clean.labels).linear.weight
@@ -201,10 +212,11 @@ def test_one_update_is_that_of_plain_sgd(network, clean):
 def test_which_weights_are_pruned():
     network = nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3), nn.Linear(3, 2))
     network[0].weight.data[1] = 0
-    network[1].weight.data[2] = 0
+    network[1].weight.data[1:] = 0
+    network[1].bias.data[1] = 0.5
     network[2].weight.data[0, 0] = 0  # a part of a neuron
     found = [(name, kept.flatten().tolist()) for name, kept in named_rows(network)]
-    assert found == [("0.weight", [1, 0, 1]), ("1.weight", [1, 1, 0])]
+    assert found == [("0.weight", [1, 0, 1]), ("1.weight", [1, 0, 0]), ("1.bias", [1, 1, 0])]
 
 
 def named_rows(network):
