@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from defenses.defense import CleanImages
 from defenses.tuning import TuningConfig, TuningLoop
 from engine.runtime import autocast
+from models.neuron_layers import ends_with_channels
 from utils.config import Range, setting
 from utils.errors import InputError
 
@@ -58,13 +59,15 @@ def stages(network: nn.Module, images: Tensor) -> list[str]:
         images: the network's input, float (B, ...).
 
     Raises:
-        InputError: nothing in the network returns feature maps.
+        InputError: nothing in the network returns feature maps, or channels come last in some.
     """
     last: dict[tuple[int, int], str] = {}
 
     def note(name: str) -> Any:
         def hook(module: nn.Module, inputs: tuple, output: Any) -> None:
             if isinstance(output, Tensor) and output.dim() == 4 and output[0, 0].numel() > 1:
+                if ends_with_channels(module, output):
+                    raise InputError(f"NAD needs feature maps (B, C, H, W); {name} returns (B, H, W, C)")
                 last.pop(size := tuple(output.shape[2:]), None)
                 last[size] = name  # (H, W), in the order in which stages end
 

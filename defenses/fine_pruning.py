@@ -2,7 +2,8 @@
 Networks*, RAID 2018.
 
 Neurons of the last convolutional layer that clean images hardly activate are pruned, from the least active on, as long
-as the accuracy on the clean images stays within a tolerance. What is left is fine-tuned.
+as the accuracy on the clean images stays within a tolerance. What is left is fine-tuned. Here they are the neurons of
+the last BatchNorm that runs, or of what a network without any has instead (``models.neuron_layers``).
 """
 
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from defenses.defense import CleanImages
 from defenses.tuning import COLUMNS, TuningConfig, TuningLoop
 from engine.runtime import autocast
-from models.neuron_layers import neuron_layers
+from models.neuron_layers import ends_with_channels, neuron_layers
 from utils.config import Range, setting
 from utils.errors import InputError
 
@@ -36,8 +37,9 @@ def last_activations(network: nn.Module, clean: CleanImages, precision: torch.dt
 
     def watch(name: str) -> Any:
         def hook(layer: nn.Module, inputs: tuple, output: Tensor) -> None:
-            if output.dim() == 4:  # (B, C, H, W)
-                active = output.relu().double().mean((2, 3)).sum(0)  # (C,)
+            if output.dim() == 4:
+                maps = output.movedim(-1, 1) if ends_with_channels(layer, output) else output  # (B, C, H, W)
+                active = maps.relu().double().mean((2, 3)).sum(0)  # (C,)
                 sums[name] = sums.get(name, 0) + active
                 order.append(name)
 

@@ -49,6 +49,19 @@ def along_first(values: Tensor, parameter: Tensor) -> Tensor:
     return values.view(*values.shape, *[1] * (parameter.dim() - 1))
 
 
+def ends_with_channels(layer: nn.Module, output: Tensor) -> bool:
+    """Say whether a layer's channels are the last axis of its output, as in (B, H, W, C), and not the second one.
+
+    A class built on a normalisation may turn its input around; there the sizes decide.
+    """
+    if isinstance(layer, nn.Linear):
+        return True
+    kinds = (nn.LayerNorm, nn.RMSNorm)
+    if not isinstance(layer, kinds) or len(layer.normalized_shape) > 1:
+        return False
+    return type(layer) in kinds or output.shape[1] != layer.normalized_shape[0]
+
+
 def _scales(norm: nn.Module) -> bool:
     return getattr(norm, "weight", None) is not None
 

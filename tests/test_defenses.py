@@ -29,7 +29,7 @@ from defenses.mode_connectivity import bezier
 from defenses.tuning import pruned_rows
 from engine.cuda_graph import record
 from engine.training import make_recordable
-from models import convert_noisy, noisy_layers
+from models import build_model, convert_noisy, noisy_layers
 from models.neurons import Neuron, prune_neurons
 from tests.replay import Replay
 from utils.errors import InputError
@@ -256,6 +256,51 @@ def test_activations_of_the_last_convolution(bars, network, clean):
     assert layer == "norm" and torch.allclose(activations, expected, atol=1e-4)
     layer, activations = last_activations(network, clean, torch.float32)
     assert layer == "layer4.1.bn2" and activations.shape == (32,)
+
+
+def test_the_last_batchnorm_of_a_preactresnet_makes_the_input_of_the_last_convolution(clean):
+    preact, seen = build_model("preactresnet18", 10, 1 / 16), []
+    preact.layer4[1].conv2.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
+    layer, activations = last_activations(preact, clean, torch.float32)
+    assert layer == "layer4.1.bn2" and torch.allclose(activations, seen[0].double().mean((0, 2, 3)))
+
+
+class ChannelsLast(nn.Module):
+    """Its LayerNorm works on (B, H, W, C)."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 5, 1), nn.LayerNorm(5), nn.Linear(5, 10)
+        nn.init.uniform_(self.norm.weight)
+
+    def forward(self, x):
+        return self.head(self.norm(self.conv(x).permute(0, 2, 3, 1)).relu().mean((1, 2)))
+
+
+class TurnedNorm(nn.LayerNorm):
+    """A LayerNorm over the channels of (B, C, H, W)."""
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("size", [(6, 7), (5, 5)])
+def test_channels_of_a_layernorm(size):
+    images = torch.randn(8, 3, *size, generator=torch.Generator().manual_seed(0))
+    clean, network = CleanImages(images, torch.arange(8)), ChannelsLast()
+    with torch.no_grad():
+        features = network.norm(network.conv(images).permute(0, 2, 3, 1))  # (B, H, W, C)
+        expected = features.relu().double().mean((0, 1, 2))
+    layer, activations = last_activations(network, clean, torch.float32)
+    assert layer == "norm" and torch.allclose(activations, expected)
+    turned = TurnedNorm(5)
+    turned.load_state_dict(network.norm.state_dict())
+    same_features = nn.Sequential(network.conv, turned, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), network.head)
+    layer, activations = last_activations(same_features, clean, torch.float32)
+    assert layer == "1" and torch.allclose(activations, expected)
+    assert stages(same_features, images) == ["2"]
+    with pytest.raises(InputError, match=r"NAD needs feature maps \(B, C, H, W\); norm returns \(B, H, W, C\)"):
+        stages(network, images)
 
 
 @pytest.mark.parametrize(("tolerance", "pruned"), [(0.0, 2), (33.0, 2), (34.0, 3), (66.0, 3), (67.0, 5)])
