@@ -6,6 +6,7 @@ attention, A = sum over channels of |features|^2, divided by their L2 norm, are 
 of the authors' release, which takes the mean of the squared differences where the paper writes their sum.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -52,7 +53,8 @@ def stages(network: nn.Module, images: Tensor) -> list[str]:
     """Return the modules whose outputs end the last three stages.
 
     A stage is what works at one height and width; the last module to return feature maps of that size ends it. Maps of
-    one pixel, as after global pooling, are no stage: their normalised attention is constant.
+    one pixel, as after global pooling, are no stage: their normalised attention is constant. Modules that run more than
+    once, such as a shared ReLU, end none.
 
     Args:
         network: in eval mode.
@@ -61,15 +63,14 @@ def stages(network: nn.Module, images: Tensor) -> list[str]:
     Raises:
         InputError: nothing in the network returns feature maps, or channels come last in some.
     """
-    last: dict[tuple[int, int], str] = {}
+    calls: list[tuple[str, tuple[int, int] | None]] = []  # of modules, with height and width of what they returned
 
     def note(name: str) -> Any:
         def hook(module: nn.Module, inputs: tuple, output: Any) -> None:
-            if isinstance(output, Tensor) and output.dim() == 4 and output[0, 0].numel() > 1:
-                if ends_with_channels(module, output):
-                    raise InputError(f"NAD needs feature maps (B, C, H, W); {name} returns (B, H, W, C)")
-                last.pop(size := tuple(output.shape[2:]), None)
-                last[size] = name  # (H, W), in the order in which stages end
+            maps = isinstance(output, Tensor) and output.dim() == 4 and output[0, 0].numel() > 1
+            if maps and ends_with_channels(module, output):
+                raise InputError(f"NAD needs feature maps (B, C, H, W); {name} returns (B, H, W, C)")
+            calls.append((name, tuple(output.shape[2:]) if maps else None))
 
         return hook
 
@@ -79,6 +80,12 @@ def stages(network: nn.Module, images: Tensor) -> list[str]:
     finally:
         for hook in hooks:
             hook.remove()
+    times = Counter(name for name, _ in calls)
+    last: dict[tuple[int, int], str] = {}  # in the order in which stages end
+    for name, size in calls:
+        if size and times[name] == 1:
+            last.pop(size, None)
+            last[size] = name
     if not last:
         raise InputError("NAD needs feature maps (B, C, H, W) of more than one pixel; this network has none")
     return list(last.values())[-STAGES:]

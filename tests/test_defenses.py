@@ -418,7 +418,18 @@ def test_stages_end_with_the_last_feature_maps_of_a_size(network, clean):
     assert stages(network.eval(), clean.images[:2]) == ["layer2", "layer3", "layer4"]
     pooled = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
     assert stages(pooled, clean.images[:2]) == ["1"]
-    assert AttentionDistillation(**SETTINGS["nad"]).repair(pooled, clean.images, clean.labels)
+    repaired = AttentionDistillation(**SETTINGS["nad"]).repair(pooled, clean.images, clean.labels)
+    assert not torch.equal(repaired[0].weight, pooled[0].weight)
+
+
+def test_a_module_that_runs_twice_ends_no_stage(clean):
+    relu = nn.ReLU()
+    pooling = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)
+    shared = nn.Sequential(nn.Conv2d(3, 4, 3), relu, nn.Conv2d(4, 4, 3, stride=2), relu, *pooling)
+    assert stages(shared, clean.images[:2]) == ["0", "2"]
+    loop = defense("nad").make_loop(shared, clean)
+    loss, logits = loop.loss(clean.images, clean.labels)  # student and teacher are one network still
+    assert loss == F.cross_entropy(logits, clean.labels)
 
 
 def test_maps_alike_cost_nothing_and_others_do(network, clean):
