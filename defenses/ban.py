@@ -16,8 +16,9 @@ from torch.func import functional_call
 from defenses.defense import CleanImages
 from defenses.tuning import TuningConfig, TuningLoop
 from engine.runtime import autocast
-from models.neuron_layers import along_first, neuron_layers
+from models.neuron_layers import NO_NEURON, along_first, neuron_layers
 from utils.config import Range, setting
+from utils.errors import InputError
 
 
 class NoisyTuningLoop(TuningLoop):
@@ -26,6 +27,8 @@ class NoisyTuningLoop(TuningLoop):
     def __init__(self, network: nn.Module, clean: CleanImages, config: "NoisyTuning"):
         super().__init__(network, clean, config)
         self.layers = neuron_layers(self.network)
+        if not self.layers:
+            raise InputError(NO_NEURON)
         self.neurons = sum(len(layer.weight) for layer in self.layers.values())
 
     def draw(self, generator: torch.Generator) -> tuple[Tensor, ...]:

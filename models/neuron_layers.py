@@ -14,6 +14,10 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from utils.errors import InputError
 
+NO_NEURON = (
+    "the network has no normalisation with a scale, and no convolution or linear layer before its last: there is no "
+    "neuron to mask or perturb"
+)
 OTHER_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _InstanceNorm)
 
 

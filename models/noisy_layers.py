@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from models.neuron_layers import OTHER_NORMS, along_first, neuron_layers
+from models.neuron_layers import NO_NEURON, OTHER_NORMS, along_first, neuron_layers
 from utils.errors import InputError
 from utils.seeding import seeded_generator
 
@@ -217,10 +217,7 @@ def convert_noisy(module: nn.Module, inplace: bool = False) -> nn.Module:
                 setattr(parent, name, found[child])
     module = found.get(module, module)
     if not noisy_layers(module):
-        raise InputError(
-            "the network has no normalisation with a scale, and no convolution or linear layer before its last: "
-            "ANP has no neuron to mask"
-        )
+        raise InputError(NO_NEURON)
     return module
 
 

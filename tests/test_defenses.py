@@ -537,6 +537,11 @@ def test_the_noise_is_that_of_anp(network, clean):
     assert same(before, bits(loop.network)), "running statistics are left alone"
 
 
+def test_a_network_without_neurons_has_no_noise(clean):
+    with pytest.raises(InputError, match="there is no neuron to mask or perturb"):
+        defense("ban").repair(nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), clean.images, clean.labels)
+
+
 def test_both_losses_count(network, clean):
     loop = NoisyTuning(**SHORT, eps=0.0, noisy_share=0.5).make_loop(network, clean)
     loop.network.train()

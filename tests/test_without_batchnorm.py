@@ -448,5 +448,5 @@ def test_step_2_without_a_neuron_says_so_in_one_line(tmp_path, capsys):
     source = ["--checkpoint", str(tmp_path / "out" / "last_model.th"), "--val-frac", "0.1"]
     assert optimize_mask_cifar.main([*common, *source, "--nb-iter", "1"]) == 1
     error = capsys.readouterr().err
-    assert "ANP has no neuron to mask" in error and error.strip().count("\n") == 0
+    assert "there is no neuron to mask" in error and error.strip().count("\n") == 0
     assert not (tmp_path / "out" / "mask_values.txt").exists()
