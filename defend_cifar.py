@@ -110,7 +110,7 @@ def defend(args: argparse.Namespace, run: Run) -> None:
     card = save_repaired(run, subject, network, repair, report)
     announce(f"repaired: {report}")
     if is_ruined(run.log.rows[0]["defender acc %"] / 100, report.defender.accuracy, subject.clean):
-        announce("warning: the repaired network only guesses; lower --lr")
+        announce(f"warning: the repaired network only guesses; {config.milder}")
     if args.compact:
         save_compact(run.folder, network, card, subject, evaluator)
     announce(f"saved {run.folder / 'repaired_model.th'}; {run.seconds:.0f} s")

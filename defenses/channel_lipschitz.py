@@ -131,6 +131,7 @@ class ChannelLipschitz(Defense):
 
     title: ClassVar[str] = "CLP"
     loop: ClassVar[type[RepairLoop]] = ChannelLipschitzLoop
+    milder: ClassVar[str] = "raise --clp-u"
     u: float = setting(
         3.0, "standard deviations above its layer's mean at which a channel is pruned", Range(0), "--clp-u"
     )

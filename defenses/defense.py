@@ -118,6 +118,7 @@ class Defense(Config):
     Attributes:
         title: as papers call it.
         loop: what does the work.
+        milder: what to change where the repaired network only guesses.
         precision: data type of convolutions and linear layers, float32 or bfloat16; weights stay float32.
 
     Raises:
@@ -126,6 +127,7 @@ class Defense(Config):
 
     title: ClassVar[str]
     loop: ClassVar[type[RepairLoop]]
+    milder: ClassVar[str]
 
     precision: torch.dtype = one_of(torch.float32, torch.bfloat16)
 

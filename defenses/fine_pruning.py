@@ -128,6 +128,7 @@ class FinePruning(TuningConfig):
 
     title: ClassVar[str] = "FP"
     loop: ClassVar[type[TuningLoop]] = FinePruningLoop
+    milder: ClassVar[str] = "lower --fp-tolerance or --lr"
     tolerance: float = setting(
         4.0,
         "accuracy that pruning may cost on the defender's clean images, in percentage points",

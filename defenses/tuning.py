@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,7 @@ class TuningConfig(Defense):
         ValueError: a setting is out of range.
     """
 
+    milder: ClassVar[str] = "lower --lr"
     lr: float = setting(0.01, "learning rate; a tenth of it in the last fifth of the run", Range(0, open_low=True))
     iterations: int = setting(2000, "updates", Range(1, 1e9), flag="--nb-iter")
     batch_size: int = setting(128, "images in a batch, drawn with replacement", Range(2, 100_000))

@@ -14,6 +14,7 @@ import prune_neuron_cifar
 from defenses import DEFENSES
 from defenses.tuning import TuningConfig
 from tests.small import interrupt_after
+from utils.config import flag_fields
 
 SHORT = ["--nb-iter", "4", "--batch-size", "32", "--print-every", "2"]
 LENGTH = {
@@ -149,6 +150,21 @@ def test_a_learning_rate_that_ruins_the_network(trained, tmp_path, capsys):
     error = capsys.readouterr().err
     assert "the network's loss on clean images is" in error and "it diverged; lower --lr" in error
     assert error.count("\n") == 1 and not (tmp_path / "repaired_model.th").exists()
+
+
+@pytest.mark.parametrize("name", ["ft", "fp", "clp"])
+def test_a_repair_that_leaves_a_guessing_network_is_said(name, trained, tmp_path, monkeypatch, capsys):
+    """The tiny network guesses before, too, so what is ruined is decided here."""
+    remedies = {"ft": "lower --lr", "fp": "lower --fp-tolerance or --lr", "clp": "raise --clp-u"}
+    monkeypatch.setattr(defend_cifar, "is_ruined", lambda before, after, images: True)
+    assert defend_cifar.main(command(name, trained, tmp_path)) == 0
+    assert f"warning: the repaired network only guesses; {remedies[name]}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", DEFENSES)
+def test_a_remedy_is_a_flag_that_the_defence_takes(name):
+    named = re.findall("--([a-z-]+)", DEFENSES[name].milder)
+    assert named and {flag.replace("-", "_") for flag in named} <= flag_fields(DEFENSES[name]).keys()
 
 
 def test_every_flag_says_which_defence_takes_it(capsys):
