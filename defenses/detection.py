@@ -12,6 +12,7 @@ as ANP perturbs them away from the truth (Wu & Wang, NeurIPS 2021, equation 4), 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from data.datasets import Normalization
 from defenses.anp import assign
 from defenses.defense import CleanImages
 from engine.runtime import autocast
-from models.noisy_layers import NoisyBatchNorm, convert_noisy, noisy_layers
+from models.noisy_layers import NoisyBatchNorm, NoisyLayer, convert_noisy, noisy_layers
 from utils.config import Config, Range, one_of, setting
 from utils.errors import InputError
 from utils.seeding import seeded_generator
@@ -123,6 +124,24 @@ def _groups(count: int, each: int, size: tuple[int, int]) -> Iterator[Tensor]:
     yield from torch.arange(count).split(max(1, images // each))
 
 
+def _logits(network: nn.Module, num_classes: int, precision: torch.dtype, inputs: Tensor) -> Tensor:
+    """Return what a network answers to its inputs (B, ...): float32 (B, K).
+
+    Raises:
+        InputError: it has not K outputs, or some are not finite.
+    """
+    with autocast(inputs.device, precision):
+        logits = network(inputs).float()
+    if logits.shape[1:] != (num_classes,):
+        raise InputError(
+            f"the network's output is {tuple(logits.shape)}, expected {len(inputs), num_classes}: a logit a class"
+        )
+    if not bool(torch.isfinite(logits).all()):
+        raise InputError("the network answers NaN or infinite values; is it trained, its input normalised as then?")
+    return logits
+
+
+@torch.inference_mode(False)  # whatever the caller has set
 @torch.enable_grad()
 def margins(
     network: nn.Module, num_classes: int, size: tuple[int, int], normalization: Normalization, config: DetectionConfig
@@ -135,8 +154,12 @@ def margins(
         size: height and width of its images, in pixels.
         normalization: of its input.
         config: the settings.
+
+    Raises:
+        InputError: the network has not K outputs, or answers NaN.
     """
     device = next(network.parameters()).device
+    logits_of = partial(_logits, network, num_classes, config.precision)
     generator = seeded_generator(config.seed, "margin")
     starts = torch.rand(config.margin_images, *size, 3, generator=generator).to(device)  # (B, H, W, 3), 0..1
     found = []
@@ -145,26 +168,26 @@ def margins(
         images, speed = starts.repeat(len(group), 1, 1, 1), 0.0
         for _ in range(config.margin_steps):
             images = images.detach().requires_grad_()
-            (slope,) = torch.autograd.grad(_margin(network, images, targets, normalization, config).sum(), images)
+            (slope,) = torch.autograd.grad(_margin(logits_of, images, targets, normalization).sum(), images)
             slope = slope / slope.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
             speed = MOMENTUM * speed + slope
             images = (images.detach() + config.margin_rate * speed).clamp(0, 1)
         with torch.no_grad():
-            margin = _margin(network, images, targets, normalization, config)
+            margin = _margin(logits_of, images, targets, normalization)
         found.append(margin.view(len(group), -1).amax(1))
     return torch.cat(found).clamp_min(0).cpu()
 
 
 def _margin(
-    network: nn.Module, images: Tensor, targets: Tensor, normalization: Normalization, config: DetectionConfig
+    logits_of: Callable[[Tensor], Tensor], images: Tensor, targets: Tensor, normalization: Normalization
 ) -> Tensor:
     """Return z_t - max of the others for images (B, H, W, 3) in 0..1 and targets (B,): float32 (B,)."""
-    with autocast(images.device, config.precision):
-        logits = network(normalize(255 * images, normalization)).float()  # (B, K)
+    logits = logits_of(normalize(255 * images, normalization))  # (B, K)
     others = logits.scatter(1, targets[:, None], -torch.inf).amax(1)
     return logits.gather(1, targets[:, None])[:, 0] - others
 
 
+@torch.inference_mode(False)
 @torch.enable_grad()
 def targeted_noise(network: nn.Module, clean: CleanImages, num_classes: int, config: DetectionConfig) -> Tensor:
     """Return the share of clean images of other classes that a noise towards each class sends there: float32 (K,).
@@ -176,10 +199,11 @@ def targeted_noise(network: nn.Module, clean: CleanImages, num_classes: int, con
         config: the settings.
 
     Raises:
-        InputError: the network has no neuron that can be perturbed, or a class has too few images of others.
+        InputError: the network has no neuron that can be perturbed, has not K outputs or answers NaN, or a class has
+            too few images of others.
     """
     noisy = convert_noisy(network).requires_grad_(False).eval()
-    layers = list(noisy_layers(noisy).values())
+    layers, logits_of = list(noisy_layers(noisy).values()), partial(_logits, noisy, num_classes, config.precision)
     for layer in layers:
         layer.training = isinstance(layer, NoisyBatchNorm)  # as in ANP: statistics of the batch
     grouped = all(type(layer) is NoisyBatchNorm for layer in layers)
@@ -193,31 +217,35 @@ def targeted_noise(network: nn.Module, clean: CleanImages, num_classes: int, con
     for group in _groups(num_classes, count, size) if grouped else torch.arange(num_classes).split(1):
         index = torch.cat([(clean.labels != int(target)).nonzero()[:count, 0] for target in group])  # (G * count,)
         targets = group.repeat_interleave(count).to(inputs.device)
-        found.append(_reached(noisy, layers, inputs[index], targets, len(group), config))
+        found.append(_reached(logits_of, layers, inputs[index], targets, len(group), config))
     return torch.cat(found).cpu()
 
 
 def _reached(
-    noisy: nn.Module, layers: list, inputs: Tensor, targets: Tensor, classes: int, config: DetectionConfig
+    logits_of: Callable[[Tensor], Tensor],
+    layers: list[NoisyLayer],
+    inputs: Tensor,
+    targets: Tensor,
+    classes: int,
+    config: DetectionConfig,
 ) -> Tensor:
     """Perturb the neurons towards the targets of each of some classes; return the share that gets there: (classes,)."""
     neurons = sum(len(layer._parameters["weight"]) for layer in layers)
     mask = torch.ones(classes, neurons, device=inputs.device)
     noise = [torch.zeros_like(mask) for _ in range(2)]  # d and x of each class
 
-    def logits_of(noise: list[Tensor]) -> Tensor:
+    def perturbed(noise: list[Tensor]) -> Tensor:
         assign(layers, mask.squeeze(0), [part.squeeze(0) for part in noise])
-        with autocast(inputs.device, config.precision):
-            return noisy(inputs).float()  # (classes * count, K)
+        return logits_of(inputs)  # (classes * count, K)
 
     for _ in range(config.noise_steps):
         noise = [part.detach().requires_grad_() for part in noise]
-        loss = -F.cross_entropy(logits_of(noise), targets, reduction="sum")  # a class's noise sees its own images alone
+        loss = -F.cross_entropy(perturbed(noise), targets, reduction="sum")  # a class's noise sees its own images alone
         slopes = torch.autograd.grad(loss, noise, materialize_grads=True)
         eps = config.noise_eps
         noise = [(part + STEP * eps * g.sign()).clamp(-eps, eps) for part, g in zip(noise, slopes, strict=True)]
     with torch.no_grad():
-        return (logits_of(noise).argmax(1) == targets).float().view(classes, -1).mean(1)
+        return (perturbed(noise).argmax(1) == targets).float().view(classes, -1).mean(1)
 
 
 def detect(
@@ -241,13 +269,13 @@ def detect(
         tell: called with the name of each statistic before it is computed.
 
     Raises:
-        InputError: there are too few classes, or as ``targeted_noise``.
+        InputError: there are too few classes, or as ``margins`` and ``targeted_noise``.
     """
     config = config or DetectionConfig()
     if num_classes < FEWEST:
         raise InputError(f"{num_classes} classes: among fewer than {FEWEST} none can stand out")
-    frozen = [parameter.requires_grad for parameter in network.parameters()]
-    training = network.training
+    trainable = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
+    modes = [(module, module.training) for module in network.modules()]
     network.requires_grad_(False).eval()
     try:
         tell("margin")
@@ -256,7 +284,8 @@ def detect(
             tell("noise")
             statistics["noise"] = Statistic.of(targeted_noise(network, clean, num_classes, config))
     finally:
-        network.train(training)
-        for parameter, wanted in zip(network.parameters(), frozen, strict=True):
+        for module, training in modes:
+            module.training = training
+        for parameter, wanted in trainable:
             parameter.requires_grad_(wanted)
     return Detection.of(statistics, config.level)

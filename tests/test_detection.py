@@ -99,6 +99,7 @@ def test_other_names_for_the_classes_change_nothing_else(clean):
 def test_the_same_seed_gives_the_same_bits_and_leaves_the_network_alone(network):
     state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     network.conv1.weight.requires_grad_(False)
+    network.layer2.eval()
     images = torch.rand(30, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     clean = CleanImages(images, torch.arange(30) % 10)
     config = DetectionConfig(margin_images=2, margin_steps=2, noise_images=5)
@@ -107,7 +108,8 @@ def test_the_same_seed_gives_the_same_bits_and_leaves_the_network_alone(network)
     other = detect(network, 10, (32, 32), PLAIN, clean, DetectionConfig(margin_images=2, margin_steps=2, seed=1))
     assert other.statistics["margin"].values != first["statistics"]["margin"]["values"]
     assert all(torch.equal(state[name], tensor) for name, tensor in network.state_dict().items())
-    assert network.training and not network.conv1.weight.requires_grad and network.linear.weight.requires_grad
+    assert network.training and network.layer3.training and not network.layer2.training
+    assert not network.conv1.weight.requires_grad and network.linear.weight.requires_grad
 
 
 def test_more_ascent_finds_larger_margins():
@@ -160,6 +162,34 @@ def test_few_classes_are_one_line_and_many_work(clean):
         200,
     )
     assert len(found["margin"]) == len(found["noise"]) == 200
+
+
+@pytest.mark.parametrize("parameter", ["linear.weight", "norm.bias"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_network_that_answers_nan_is_refused(parameter, value, clean):
+    network = Planted()
+    with torch.no_grad():
+        network.get_parameter(parameter).view(-1)[0] = value
+    for images in (None, clean):
+        with pytest.raises(InputError, match="the network answers NaN or infinite values; is it trained"):
+            detect(network, 6, (8, 8), PLAIN, images, QUICK)
+    with pytest.raises(InputError, match="the network answers NaN"):
+        targeted_noise(network.eval(), clean, 6, QUICK)
+
+
+@pytest.mark.parametrize("classes", [5, 7])
+def test_another_number_of_classes_than_the_network_has(classes, clean):
+    with pytest.raises(InputError, match=rf"the network's output is \(\d+, 6\), expected \(\d+, {classes}\)"):
+        margins(Planted().eval(), classes, (8, 8), PLAIN, DetectionConfig(margin_images=3, margin_steps=1))
+    with pytest.raises(InputError, match=rf"expected \(\d+, {classes}\)"):
+        targeted_noise(Planted().eval(), clean, classes, QUICK)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_whatever_gradient_mode_the_caller_is_in(mode, clean):
+    network, expected = Planted(neuron=2.0), detect(Planted(neuron=2.0), 6, (8, 8), PLAIN, clean, QUICK)
+    with mode():
+        assert detect(network, 6, (8, 8), PLAIN, clean, QUICK) == expected
 
 
 def test_clean_images_of_one_class_alone():
