@@ -65,6 +65,10 @@ def run_detection(args: argparse.Namespace, run: Run) -> None:
     write_bytes(run.folder / "detection.json", as_json({**written, "settings": run.options, "network": card, **facts}))
     drawn = {AXES[name]: values[name] for name in values}
     plot_detection(run.folder / "detection.png", names, drawn, found.suspect)
+    if found.noise_images < config.noise_images:
+        announce(
+            f"a noise saw {found.noise_images} images, not {config.noise_images}: there are no more of other classes"
+        )
     verdict = "backdoored" if found.backdoored else "no backdoor found"
     announce(f"{verdict}: class {found.suspect} ({names[found.suspect]}) stands out most, p = {found.p_value:.2g}")
     announce(f"saved {run.folder / 'detection.json'}; {run.seconds:.0f} s")

@@ -94,19 +94,21 @@ class Detection:
         backdoored: the verdict.
         suspect: the class whose statistic stands out most.
         p_value: of the statistic that stands out most, times the number of statistics.
+        noise_images: clean images of other classes on which each class's noise was measured; None without any.
     """
 
     statistics: dict[str, Statistic]
     backdoored: bool
     suspect: int
     p_value: float
+    noise_images: int | None = None
 
     @classmethod
-    def of(cls, statistics: dict[str, Statistic], level: float) -> "Detection":
+    def of(cls, statistics: dict[str, Statistic], level: float, noise_images: int | None = None) -> "Detection":
         """Combine statistics; with two of them each has half of the level."""
         most = min(statistics.values(), key=lambda statistic: statistic.p_value)
         p_value = min(1.0, len(statistics) * most.p_value)
-        return cls(statistics, p_value <= level, most.suspect, p_value)
+        return cls(statistics, p_value <= level, most.suspect, p_value, noise_images)
 
     def as_dict(self) -> dict[str, Any]:
         """Return all of it in plain containers."""
@@ -114,6 +116,7 @@ class Detection:
             "backdoored": self.backdoored,
             "suspect": self.suspect,
             "p_value": self.p_value,
+            "noise_images": self.noise_images,
             "statistics": {name: vars(statistic) for name, statistic in self.statistics.items()},
         }
 
@@ -187,6 +190,19 @@ def _margin(
     return logits.gather(1, targets[:, None])[:, 0] - others
 
 
+def count_images(clean: CleanImages, num_classes: int, config: DetectionConfig) -> int:
+    """Return on how many clean images of other classes each class's noise is measured: those asked for, or all.
+
+    Raises:
+        InputError: a class has too few images of others.
+    """
+    counts = [int((clean.labels != target).sum()) for target in range(num_classes)]
+    count = min(config.noise_images, *counts)
+    if count < 2:
+        raise InputError(f"{len(clean)} clean images, all but {count} of one class: too few for a noise towards it")
+    return count
+
+
 @torch.inference_mode(False)
 @torch.enable_grad()
 def targeted_noise(network: nn.Module, clean: CleanImages, num_classes: int, config: DetectionConfig) -> Tensor:
@@ -199,8 +215,8 @@ def targeted_noise(network: nn.Module, clean: CleanImages, num_classes: int, con
         config: the settings.
 
     Raises:
-        InputError: the network has no neuron that can be perturbed, has not K outputs or answers NaN, or a class has
-            too few images of others.
+        InputError: the network has no neuron that can be perturbed, has not K outputs or answers NaN, or as
+            ``count_images``.
     """
     noisy = convert_noisy(network).requires_grad_(False).eval()
     layers, logits_of = list(noisy_layers(noisy).values()), partial(_logits, noisy, num_classes, config.precision)
@@ -208,11 +224,7 @@ def targeted_noise(network: nn.Module, clean: CleanImages, num_classes: int, con
         layer.training = isinstance(layer, NoisyBatchNorm)  # as in ANP: statistics of the batch
     grouped = all(type(layer) is NoisyBatchNorm for layer in layers)
     inputs = torch.cat([inputs for inputs, _ in clean.batches()])  # (N, ...)
-    counts = [int((clean.labels != target).sum()) for target in range(num_classes)]
-    count = min(config.noise_images, *counts)
-    if count < 2:
-        raise InputError(f"{len(clean)} clean images, all but {count} of one class: too few for a noise towards it")
-    found = []
+    count, found = count_images(clean, num_classes, config), []
     size = tuple(inputs.shape[-2:]) if inputs.dim() == 4 else (32, 32)
     for group in _groups(num_classes, count, size) if grouped else torch.arange(num_classes).split(1):
         index = torch.cat([(clean.labels != int(target)).nonzero()[:count, 0] for target in group])  # (G * count,)
@@ -274,6 +286,7 @@ def detect(
     config = config or DetectionConfig()
     if num_classes < FEWEST:
         raise InputError(f"{num_classes} classes: among fewer than {FEWEST} none can stand out")
+    noise_images = None if clean is None else count_images(clean, num_classes, config)
     trainable = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
     modes = [(module, module.training) for module in network.modules()]
     network.requires_grad_(False).eval()
@@ -288,4 +301,4 @@ def detect(
             module.training = training
         for parameter, wanted in trainable:
             parameter.requires_grad_(wanted)
-    return Detection.of(statistics, config.level)
+    return Detection.of(statistics, config.level, noise_images)

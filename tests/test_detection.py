@@ -52,7 +52,7 @@ def values(network, clean=None, config=QUICK, classes=6):
 def test_a_class_with_an_inflated_margin_is_suspected(target):
     found = detect(Planted(target=target, margin=40.0), 6, (8, 8), PLAIN, None, QUICK)
     assert found.backdoored and found.suspect == target and found.p_value < 1e-3
-    assert list(found.statistics) == ["margin"]
+    assert list(found.statistics) == ["margin"] and found.noise_images is None
     assert detect(Planted(margin=1.0), 6, (8, 8), PLAIN, None, QUICK).p_value > 0.05
 
 
@@ -222,12 +222,21 @@ def test_the_script_writes_what_it_found(trained, tmp_path, capsys):
     assert len(found["statistics"]["margin"]["values"]) == len(found["statistics"]["noise"]["values"]) == 10
     verdict = "backdoored: class" if found["backdoored"] else "no backdoor found: class"
     assert f"{verdict} {found['suspect']} ({found['suspect_name']})" in printed and "trigger" not in printed
+    assert found["noise_images"] == 10 and "a noise saw" not in printed
     assert detect_cifar.main(command(trained, tmp_path)) == 1
     assert "detection.json is there already" in capsys.readouterr().err
     before = (tmp_path / "detection.png").read_bytes()
     assert detect_cifar.main(command(trained, tmp_path, "--overwrite")) == 0
     again = json.loads((tmp_path / "detection.json").read_text())
     assert again["statistics"] == found["statistics"] and (tmp_path / "detection.png").read_bytes() == before
+
+
+def test_fewer_images_than_asked_for_are_said(trained, tmp_path, capsys):
+    assert detect_cifar.main(command(trained, tmp_path, "--noise-images", "500")) == 0
+    found = json.loads((tmp_path / "detection.json").read_text())
+    assert 30 < found["noise_images"] < found["clean_images"] == 60
+    line = f"a noise saw {found['noise_images']} images, not 500: there are no more of other classes"
+    assert line in capsys.readouterr().out.splitlines()
 
 
 def test_a_trigger_cannot_be_given(trained, tmp_path, capsys):
