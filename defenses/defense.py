@@ -54,6 +54,11 @@ class CleanImages:
         transform = make_transform(normalization, subject.flip)
         return cls(clean.images, clean.labels, transform, lambda images: normalize(images, normalization))
 
+    def check_labels(self, num_classes: int) -> None:
+        """Make sure that every label is one of a network's classes; raises ``InputError`` where one is not."""
+        if (largest := int(self.labels.max())) >= num_classes:
+            raise InputError(f"labels go up to {largest}, but the network's classes are 0 to {num_classes - 1}")
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -71,12 +76,18 @@ class CleanImages:
 
     @torch.no_grad()
     def accuracy(self, network: nn.Module, precision: torch.dtype = torch.float32) -> float:
-        """Return the share of right answers, 0..1, of a network, which it puts into eval mode."""
+        """Return the share of right answers, 0..1, of a network, which it puts into eval mode.
+
+        Raises:
+            InputError: a label is beyond the network's outputs.
+        """
         network.eval()
         right = 0
         for inputs, labels in self.batches():
             with autocast(inputs.device, precision):
-                right += int((network(inputs).argmax(1) == labels).sum())
+                logits = network(inputs)
+            self.check_labels(logits.shape[1])
+            right += int((logits.argmax(1) == labels).sum())
         return right / len(self)
 
 
@@ -163,7 +174,8 @@ class Defense(Config):
             The repaired copy, in eval mode.
 
         Raises:
-            InputError: images and labels do not match or are not finite, or the network cannot be repaired so.
+            InputError: images and labels do not match or are not finite, a label is beyond the network's outputs, or
+                the network cannot be repaired so.
         """
         loop = self.make_loop(network, CleanImages(images, labels, transform))
         for _ in progress(loop.steps()):

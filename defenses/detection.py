@@ -194,8 +194,9 @@ def count_images(clean: CleanImages, num_classes: int, config: DetectionConfig) 
     """Return on how many clean images of other classes each class's noise is measured: those asked for, or all.
 
     Raises:
-        InputError: a class has too few images of others.
+        InputError: a label is none of the classes, or a class has too few images of others.
     """
+    clean.check_labels(num_classes)
     counts = [int((clean.labels != target).sum()) for target in range(num_classes)]
     count = min(config.noise_images, *counts)
     if count < 2:

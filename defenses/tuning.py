@@ -142,11 +142,19 @@ class TuningLoop(RepairLoop):
             iteration = self.tuned
             batch = self.draw(seeded_generator(self.config.seed, "tuning", iteration, device=self.device))
             set_learning_rate(self.optimizer, self.config.learning_rate(iteration))
+            if self._run is None:
+                self._check_labels(batch[0])
             self.network.train()
             self._run = self._run or replayed(self.update, self.changed(), batch)
             self.means.add(*self._run(batch))
             self.done += 1
             yield self.done
+
+    @torch.no_grad()
+    def _check_labels(self, images: Tensor) -> None:
+        """Make sure, before it trains, that the network has an output for every label."""
+        self.network.eval()
+        self.clean.check_labels(self.forward(images[:2]).shape[1])
 
     def due(self) -> bool:
         """A row belongs at the beginning, after every ``row_every`` updates, and at the end."""

@@ -167,6 +167,16 @@ def test_images_that_mean_nothing(images, labels, message):
         CleanImages(images, labels)
 
 
+@pytest.mark.parametrize("name", TUNING)
+def test_labels_beyond_the_networks_outputs(name, network, clean):
+    labels = clean.labels.clone()
+    labels[7] = 10
+    with pytest.raises(InputError, match="labels go up to 10, but the network's classes are 0 to 9"):
+        defense(name).repair(network, clean.images, labels)
+    with pytest.raises(InputError, match="labels go up to 10"):
+        replace(clean, labels=labels).accuracy(network)
+
+
 def test_the_transform_sees_every_batch(network, clean):
     seen = []
 

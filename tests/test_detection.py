@@ -182,7 +182,7 @@ def test_another_number_of_classes_than_the_network_has(classes, clean):
     with pytest.raises(InputError, match=rf"the network's output is \(\d+, 6\), expected \(\d+, {classes}\)"):
         margins(Planted().eval(), classes, (8, 8), PLAIN, DetectionConfig(margin_images=3, margin_steps=1))
     with pytest.raises(InputError, match=rf"expected \(\d+, {classes}\)"):
-        targeted_noise(Planted().eval(), clean, classes, QUICK)
+        targeted_noise(Planted().eval(), CleanImages(clean.images, clean.labels % 5), classes, QUICK)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -196,6 +196,11 @@ def test_clean_images_of_one_class_alone():
     images = CleanImages(torch.rand(5, 3, 8, 8), torch.zeros(5).long())
     with pytest.raises(InputError, match="5 clean images, all but 0 of one class"):
         targeted_noise(Planted().eval(), images, 6, QUICK)
+
+
+def test_labels_beyond_the_classes(clean):
+    with pytest.raises(InputError, match="labels go up to 8, but the network's classes are 0 to 5"):
+        detect(Planted(), 6, (8, 8), PLAIN, CleanImages(clean.images, clean.labels + 3), QUICK)
 
 
 def test_a_network_without_batchnorm(clean):
