@@ -8,7 +8,7 @@ of the authors' release, which takes the mean of the squared differences where t
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -40,12 +40,10 @@ def watched(network: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]]
     def keep(name: str) -> Any:
         return lambda module, inputs, output: outputs.update({name: output})
 
-    hooks = [network.get_submodule(name).register_forward_hook(keep(name)) for name in names]
-    try:
+    with ExitStack() as hooks:
+        for name in names:
+            hooks.enter_context(network.get_submodule(name).register_forward_hook(keep(name)))
         yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @torch.no_grad()
@@ -74,12 +72,11 @@ def stages(network: nn.Module, images: Tensor) -> list[str]:
 
         return hook
 
-    hooks = [module.register_forward_hook(note(name)) for name, module in network.named_modules() if name]
-    try:
+    with ExitStack() as hooks:
+        for name, module in network.named_modules():
+            if name:
+                hooks.enter_context(module.register_forward_hook(note(name)))
         network(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
     times = Counter(name for name, _ in calls)
     last: dict[tuple[int, int], str] = {}  # in the order in which stages end
     for name, size in calls:

@@ -6,6 +6,7 @@ in their layer are pruned. Clean images play no part: one is only passed through
 """
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -52,17 +53,13 @@ def followed_by_batchnorm(network: nn.Module, images: Tensor) -> list[tuple[str,
 
         return hook
 
-    hooks = []
-    for name, layer in network.named_modules():
-        if isinstance(layer, _ConvNd) and not layer.transposed:
-            hooks.append(layer.register_forward_hook(after(name)))
-        elif isinstance(layer, _BatchNorm) and layer.weight is not None and layer.running_var is not None:
-            hooks.append(layer.register_forward_pre_hook(before(name)))
-    try:
+    with ExitStack() as hooks:
+        for name, layer in network.named_modules():
+            if isinstance(layer, _ConvNd) and not layer.transposed:
+                hooks.enter_context(layer.register_forward_hook(after(name)))
+            elif isinstance(layer, _BatchNorm) and layer.weight is not None and layer.running_var is not None:
+                hooks.enter_context(layer.register_forward_pre_hook(before(name)))
         network(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
     if not pairs:
         raise InputError("CLP needs convolutions that are followed by a BatchNorm with scale; this network has none")
     return list(pairs.items())

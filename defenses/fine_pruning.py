@@ -7,6 +7,7 @@ the last BatchNorm that runs, or of what a network without any has instead (``mo
 """
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -45,14 +46,12 @@ def last_activations(network: nn.Module, clean: CleanImages, precision: torch.dt
 
         return hook
 
-    hooks = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
-    try:
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+            hooks.enter_context(layer.register_forward_hook(watch(name)))
         for inputs, _ in clean.batches():
             with autocast(inputs.device, precision):
                 network(inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
     if not order:
         raise InputError("fine-pruning needs a layer with neurons that makes feature maps (B, C, H, W); there is none")
     return order[-1], sums[order[-1]] / len(clean)

@@ -495,6 +495,19 @@ def test_pairs_are_what_follows_at_once(network, clean):
         followed_by_batchnorm(apart.eval(), clean.images[:2])
 
 
+def test_hooks_are_gone_afterwards_where_the_network_fails_too(network, clean):
+    looks = [
+        lambda images: last_activations(network, CleanImages(images, torch.arange(len(images))), torch.float32),
+        lambda images: stages(network, images),
+        lambda images: followed_by_batchnorm(network, images),
+    ]
+    for look in looks:
+        look(clean.images[:2])
+        with pytest.raises(RuntimeError, match="channels"):
+            look(clean.images[:2, :2])
+        assert not any(each._forward_hooks or each._forward_pre_hooks for each in network.modules())
+
+
 # ---- FT-SAM
 
 
