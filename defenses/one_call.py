@@ -8,12 +8,11 @@ from torch import Tensor, nn
 
 from data.augment import Transform
 from defenses.anp import AnpConfig, optimize_masks
+from defenses.defense import CleanImages
 from defenses.pruning import LAST_THRESHOLD, THRESHOLD_STEP, Choice, ChoiceConfig, choose, threshold_points
 from engine.sweep import SweepLoop
 from models.neurons import Neuron, PruningPoint, mask_values, pruned_copy, sort_neurons
 from models.noisy_layers import convert_noisy
-
-BATCH = 500  # images measured at once
 
 
 @dataclass(frozen=True)
@@ -33,18 +32,6 @@ class Repaired:
     points: list[PruningPoint]
     accuracies: list[float]
     choice: Choice
-
-
-@torch.inference_mode()
-def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Return the share of right answers in eval mode, 0..1.
-
-    Shape:
-        images: float (N, ...), the network's input. labels: int64 (N,).
-    """
-    network.eval()
-    parts = zip(images.split(BATCH), labels.split(BATCH), strict=True)
-    return sum(int((network(part).argmax(1) == right).sum()) for part, right in parts) / len(labels)
 
 
 @torch.inference_mode(False)  # whatever the caller has set: masks need gradients
@@ -75,14 +62,14 @@ def repair(
         ValueError: the network has no neuron, a layer cannot be masked, images and labels do not match or are not
             finite, the masks diverged, or ``progress`` dropped iterations.
     """
-    config = config or AnpConfig()
+    config, clean = config or AnpConfig(), CleanImages(images, labels, transform)
     noisy = convert_noisy(network)
     done = sum(1 for _ in progress(optimize_masks(noisy, images, labels, config, transform)))
     if done != config.iterations:
         raise ValueError(f"progress passed on {done} of {config.iterations} iterations")
     neurons = sort_neurons(mask_values(noisy))
     points = threshold_points(neurons, LAST_THRESHOLD, THRESHOLD_STEP)
-    sweep = SweepLoop(network, neurons, points, lambda pruned: accuracy(pruned, images, labels))
+    sweep = SweepLoop(network, neurons, points, clean.accuracy)
     accuracies = [row.report for row in sweep.steps()]
     chosen = choose(neurons, sweep.points, accuracies, choice or ChoiceConfig())
     repaired = pruned_copy(network, neurons[: chosen.point.count]).eval()

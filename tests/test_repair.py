@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from defenses import AnpConfig, ChoiceConfig, mask_values, optimize_masks, repair
-from defenses.one_call import accuracy
+from defenses.defense import CleanImages
 from models import convert_noisy
 from models.neurons import pruned_copy, sort_neurons
 
@@ -26,7 +26,7 @@ def test_masks_sweep_choice_and_pruning(network, inputs):
     assert repaired.neurons == neurons and 0 <= neurons[0].mask < neurons[-1].mask <= 1
     assert [point.threshold for point in repaired.points][:3] == [None, 0, 0.05]
     for point, found in zip(repaired.points, repaired.accuracies, strict=True):
-        assert found == accuracy(pruned_copy(network, neurons[: point.count]), *inputs)
+        assert found == CleanImages(*inputs).accuracy(pruned_copy(network, neurons[: point.count]))
     count = sum(neuron.mask <= 0.5 for neuron in neurons)
     assert repaired.choice.point.count == count and 0 < count < 300
     zeros = sum(int((module.weight == 0).sum()) for module in repaired.network.modules() if hasattr(module, "eps"))
@@ -35,11 +35,11 @@ def test_masks_sweep_choice_and_pruning(network, inputs):
 
 
 def test_the_operating_point_is_chosen_by_the_clean_accuracy(network, inputs, monkeypatch):
-    def falling(pruned, images, labels):
+    def falling(clean, pruned):
         count = sum(int((module.weight == 0).sum()) for module in pruned.modules() if hasattr(module, "eps"))
         return 0.9 if count <= 60 else 0.2
 
-    monkeypatch.setattr("defenses.one_call.accuracy", falling)
+    monkeypatch.setattr(CleanImages, "accuracy", falling)
     repaired = repair(network, *inputs, CONFIG, ChoiceConfig(max_acc_drop=3))
     last = max(point.count for point in repaired.points if point.count <= 60)
     assert repaired.choice.point.count == last > 0
@@ -67,7 +67,7 @@ def test_accuracy_is_the_share_of_right_answers(inputs):
             return torch.nn.functional.one_hot(torch.full((len(x),), 3), 10).float()
 
     images, labels = inputs
-    assert accuracy(Constant(), images, labels) == int((labels == 3).sum()) / 40 > 0
+    assert CleanImages(images, labels).accuracy(Constant()) == int((labels == 3).sum()) / 40 > 0
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
