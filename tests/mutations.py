@@ -45,6 +45,12 @@ MUTATIONS = [
             "test_detection.py -k best_of",
         ),
         (
+            "detector: NaN is an answer",
+            "if not bool(torch.isfinite(logits).all()):",
+            "if False:",
+            "test_detection.py -k answers_nan",
+        ),
+        (
             "detector: noise away from the class",
             "loss = -F.cross_entropy",
             "loss = F.cross_entropy",
@@ -101,6 +107,12 @@ MUTATIONS = [
     *_of(
         "defenses/fine_pruning.py",
         (
+            "FP: channels are the second axis whatever the layer",
+            "output.movedim(-1, 1) if ends_with_channels(layer, output) else output",
+            "output",
+            "test_defenses.py -k channels_of",
+        ),
+        (
             "FP: the over-pruned network is kept",
             "part[channel] = value",
             "part[channel] = 0",
@@ -149,6 +161,12 @@ MUTATIONS = [
     ),
     *_of(
         "defenses/attention_distillation.py",
+        (
+            "NAD: a module that runs twice ends a stage",
+            "if size and times[name] == 1:",
+            "if size:",
+            "test_defenses.py -k no_stage",
+        ),
         (
             "NAD: maps not normalised",
             "F.normalize(features.float().square().sum(1).flatten(1), eps=SMALLEST)",

@@ -114,7 +114,7 @@ def test_a_shift_that_was_pruned_stays_pruned_and_another_is_trained(name, netwo
     pruned, constant = network.layer4[1].bn2, network.layer2[0].bn1
     with torch.no_grad():
         pruned.weight[3] = pruned.bias[3] = constant.weight[5] = 0  # as FP and CLP prune, and as ANP does
-    repaired = defense(name).repair(network, clean.images, clean.labels)
+    repaired = defense(name, weight_decay=0.0).repair(network, clean.images, clean.labels)
     after = repaired.layer4[1].bn2
     assert after.weight[3] == after.bias[3] == 0 and (after.bias != pruned.bias).sum() == 31
     assert repaired.layer2[0].bn1.bias[5] != constant.bias[5]
