@@ -18,7 +18,7 @@ import argparse
 from functools import partial
 
 from defenses.defense import CleanImages
-from defenses.detection import DetectionConfig, detect
+from defenses.detection import DetectionConfig, count_images, detect
 from engine.runtime import RuntimeConfig, choose_runtime
 from formats.outputs import OUTPUTS
 from formats.plots import plot_detection
@@ -60,15 +60,14 @@ def run_detection(args: argparse.Namespace, run: Run) -> None:
     for number, (name, margin, noise) in enumerate(zip(names, values["margin"], values["noise"], strict=True)):
         table.add({"class": number, "name": str(name), "margin": margin, "noise %": noise})
     written = {**found.as_dict(), "suspect_name": names[found.suspect], "clean_images": len(clean)}
+    written["noise_images"] = count = count_images(clean, len(names), config)
     card = {name: subject.card[name] for name in ("dataset", "normalization", "repaired_from")}
     facts = {"seconds": round(run.seconds, 1), "command": run.command, "versions": versions()}
     write_bytes(run.folder / "detection.json", as_json({**written, "settings": run.options, "network": card, **facts}))
     drawn = {AXES[name]: values[name] for name in values}
     plot_detection(run.folder / "detection.png", names, drawn, found.suspect)
-    if found.noise_images < config.noise_images:
-        announce(
-            f"a noise saw {found.noise_images} images, not {config.noise_images}: there are no more of other classes"
-        )
+    if count < config.noise_images:
+        announce(f"a noise saw {count} images, not {config.noise_images}: there are no more of other classes")
     verdict = "backdoored" if found.backdoored else "no backdoor found"
     announce(f"{verdict}: class {found.suspect} ({names[found.suspect]}) stands out most, p = {found.p_value:.2g}")
     announce(f"saved {run.folder / 'detection.json'}; {run.seconds:.0f} s")

@@ -94,21 +94,19 @@ class Detection:
         backdoored: the verdict.
         suspect: the class whose statistic stands out most.
         p_value: of the statistic that stands out most, times the number of statistics.
-        noise_images: clean images of other classes on which each class's noise was measured; None without any.
     """
 
     statistics: dict[str, Statistic]
     backdoored: bool
     suspect: int
     p_value: float
-    noise_images: int | None = None
 
     @classmethod
-    def of(cls, statistics: dict[str, Statistic], level: float, noise_images: int | None = None) -> "Detection":
+    def of(cls, statistics: dict[str, Statistic], level: float) -> "Detection":
         """Combine statistics; with two of them each has half of the level."""
         most = min(statistics.values(), key=lambda statistic: statistic.p_value)
         p_value = min(1.0, len(statistics) * most.p_value)
-        return cls(statistics, p_value <= level, most.suspect, p_value, noise_images)
+        return cls(statistics, p_value <= level, most.suspect, p_value)
 
     def as_dict(self) -> dict[str, Any]:
         """Return all of it in plain containers."""
@@ -116,7 +114,6 @@ class Detection:
             "backdoored": self.backdoored,
             "suspect": self.suspect,
             "p_value": self.p_value,
-            "noise_images": self.noise_images,
             "statistics": {name: vars(statistic) for name, statistic in self.statistics.items()},
         }
 
@@ -287,7 +284,8 @@ def detect(
     config = config or DetectionConfig()
     if num_classes < FEWEST:
         raise InputError(f"{num_classes} classes: among fewer than {FEWEST} none can stand out")
-    noise_images = None if clean is None else count_images(clean, num_classes, config)
+    if clean is not None:
+        count_images(clean, num_classes, config)  # before the margins, which take longer
     trainable = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
     modes = [(module, module.training) for module in network.modules()]
     network.requires_grad_(False).eval()
@@ -302,4 +300,4 @@ def detect(
             module.training = training
         for parameter, wanted in trainable:
             parameter.requires_grad_(wanted)
-    return Detection.of(statistics, config.level, noise_images)
+    return Detection.of(statistics, config.level)

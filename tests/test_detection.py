@@ -52,7 +52,7 @@ def values(network, clean=None, config=QUICK, classes=6):
 def test_a_class_with_an_inflated_margin_is_suspected(target):
     found = detect(Planted(target=target, margin=40.0), 6, (8, 8), PLAIN, None, QUICK)
     assert found.backdoored and found.suspect == target and found.p_value < 1e-3
-    assert list(found.statistics) == ["margin"] and found.noise_images is None
+    assert list(found.statistics) == ["margin"]
     assert detect(Planted(margin=1.0), 6, (8, 8), PLAIN, None, QUICK).p_value > 0.05
 
 
