@@ -122,8 +122,8 @@ MUTATIONS = [
         ("FP: most active first", "activations.argsort(", "(-activations).argsort(", "test_defenses.py -k last_good"),
         (
             "FP: activations before ReLU",
-            "output.relu().double()",
-            "output.double()",
+            "maps.relu().double()",
+            "maps.double()",
             "test_defenses.py -k last_convolution",
         ),
     ),
