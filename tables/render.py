@@ -250,7 +250,8 @@ def missing_cells(plan: dict[str, Any]) -> dict[str, str]:
         if not (folder / DONE).exists():
             log = folder / LOG
             lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
-            missing[name] = f"not finished: {shorten(lines[-1])} ({log})" if lines else "not begun"
+            said = shorten(lines[-1]) if len(lines) > 1 else "it has said nothing yet"  # above its output, the date
+            missing[name] = f"not finished: {said} ({log})" if lines else "not begun"
     return missing
 
 

@@ -15,6 +15,7 @@ from defenses import DEFENSES
 from defenses.tuning import TuningConfig
 from tests.small import interrupt_after
 from utils.config import flag_fields
+from utils.identity import difference
 
 SHORT = ["--nb-iter", "4", "--batch-size", "32", "--print-every", "2"]
 LENGTH = {
@@ -174,3 +175,9 @@ def test_every_flag_says_which_defence_takes_it(capsys):
     assert all(f"{name}: {each.title}" in text for name, each in DEFENSES.items())
     assert "2000 for ft, fp, mcr, nad; 400 for ft-sam; 100 for ban" in text
     assert {name for name, each in DEFENSES.items() if issubclass(each, TuningConfig)} == set(DEFENSES) - {"clp"}
+
+
+def test_another_defence_in_the_folder_is_named_before_its_flags():
+    before = {"sha256": {}, "defense": "clp", "clp_u": 3.0}
+    now = {"sha256": {}, "defense": "ban", "ban_eps": 0.3}
+    assert difference(before, now) == "--defense is ban but was clp before"

@@ -150,10 +150,11 @@ def test_every_python_example_is_run_here():
 
 def test_example_your_own_network(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "save").mkdir()  # as in a clone
     repaired = run_example("README.md")["repaired"]
     layers = {name for name, module in repaired.network.named_modules() if hasattr(module, "running_mean")}
     assert len(layers) == 20 and {neuron.layer for neuron in repaired.neurons} == layers
-    saved = torch.load("repaired_model.th")
+    saved = torch.load("save/mine.th")
     assert all(torch.equal(saved[name], tensor) for name, tensor in repaired.network.state_dict().items())
     assert f"{repaired.choice.point.count} of 4800 neurons" in capsys.readouterr().out
 

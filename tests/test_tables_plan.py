@@ -288,6 +288,8 @@ def test_a_table_of_what_is_there(partial_results):
     assert len(missing) == 20 - 4 - 2
     assert missing[log.parent.name] == f"not finished: defend: error: no luck ({log})"
     assert set(missing.values()) > {"not begun"}
+    log.write_text("date\n")
+    assert missing_cells(plan)[log.parent.name] == f"not finished: it has said nothing yet ({log})"
 
 
 def test_all_files_are_written(partial_results, capsys):
