@@ -23,9 +23,9 @@ def prepare_process() -> None:
 def leave(status: int) -> NoReturn:
     """End a script's process with a status that no late signal changes."""
     ignore_all()
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # of torchrun; threads that DistributedDataParallel leaves behind could
-        sys.stdout.flush()  # abort the process while Python is taken down
-        os._exit(status)
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun
+        sys.stdout.flush()
+        os._exit(status)  # threads that DistributedDataParallel leaves behind could abort a process that takes longer
     sys.exit(status)
 
 

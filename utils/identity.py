@@ -67,7 +67,7 @@ def difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
             what = "another file than" if old and new else "given, unlike" if new else "not given, unlike"
             return f"{_flag(name)} is {what} before"
     compared = (before.keys() | now.keys()) - {"sha256"} - FACT_OPTIONS - files[0].keys() - files[1].keys()
-    for name in sorted(compared, key=lambda name: (not (name in before and name in now), name)):  # both have it: first
+    for name in sorted(compared, key=lambda name: (not (name in before and name in now), name)):  # first what both have
         old, new = before.get(name), now.get(name)
         if old != new and not (name in CARD_OPTIONS and None in (old, new)):
             return f"{_flag(name)} is {_said(new)} but was {_said(old)} before"
