@@ -1,13 +1,17 @@
 """Published datasets, from the files their authors publish; what is not there is downloaded.
 
-Pickled files are read by torchvision alone, which verifies their checksums first. It is imported where it is needed:
-that takes as long as importing PyTorch.
+What is pickled is unpickled only where its checksum is the published one. Downloads of CIFAR, and SVHN, are left to
+torchvision, which is imported where it is needed: that takes as long as importing PyTorch.
 """
 
 import csv
+import hashlib
 import importlib.util
 import io
+import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -18,12 +22,26 @@ from torch import Tensor
 from data.pictures import list_folder, list_pictures, read_pictures, squash
 from utils.console import announce
 from utils.errors import InputError, quote
-from utils.files import read_text
+from utils.files import check_file, read_text
 
 Labelled = tuple[Tensor, Tensor]
 Parts = tuple[Labelled, Labelled, tuple[str, ...]]  # as data.image_folder returns them
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+CIFAR10_FOLDER, CIFAR100_FOLDER = "cifar-10-batches-py", "cifar-100-python"
+CIFAR10_FILES = {  # MD5; the last is the test set
+    "data_batch_1": "c99cafc152244af753f735de768cd75f",
+    "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+    "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+    "data_batch_4": "634d18415352ddfa80567beed471001a",
+    "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+    "test_batch": "40351d587109b95175f43aff81a1287e",
+}
+CIFAR100_FILES = {  # the names of its classes first
+    "meta": "7973b15100ade9c7d40fb424638fde48",
+    "train": "16019d7e3df5f24257cddd939b257f8d",
+    "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
+}
 CIFAR_PAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
 SVHN_PAGE = "http://ufldl.stanford.edu/housenumbers/"
 GTSRB_PAGE = "https://benchmark.ini.rub.de/"
@@ -69,37 +87,58 @@ def _download(download: Callable[[], Any], title: str, root: Path, remedy: str) 
         ) from error
 
 
-def _read_torchvision(
-    kind: Callable[..., Any], root: Path, parts: list[dict[str, Any]], title: str, remedy: str
-) -> list[Any]:
-    """Return torchvision's training and test set, downloaded first where there is no intact copy."""
+def _unpickle(folder: Path, files: dict[str, str]) -> list[dict[str, Any]]:
+    """Return what is in some pickled files.
+
+    Args:
+        folder: where they lie.
+        files: MD5 by name.
+
+    Raises:
+        InputError: one of them is missing or has another checksum.
+    """
+    for name in files:
+        check_file(folder / name)
+    with ThreadPoolExecutor() as pool:
+        contents = list(pool.map(lambda name: (folder / name).read_bytes(), files))
+        sums = list(pool.map(lambda content: hashlib.md5(content).hexdigest(), contents))
+    for name, found in zip(files, sums, strict=True):
+        if found != files[name]:
+            raise InputError(f"{folder / name}: its MD5 is {found}, that of the published file {files[name]}")
+    return [pickle.loads(content, encoding="latin1") for content in contents]
+
+
+def _read_cifar(kind: str, folder: Path, files: dict[str, str], title: str) -> list[dict[str, Any]]:
+    """Return what is in the files of a CIFAR, downloaded by torchvision's class of that name where it has to be."""
     try:
-        return [kind(root, **part) for part in parts]
-    except RuntimeError:  # so torchvision says that a file is missing or has another checksum
-        return _download(lambda: [kind(root, **part, download=True) for part in parts], title, root, remedy)
+        return _unpickle(folder, files)
+    except InputError:
+        from torchvision import datasets
+
+        kind, root = getattr(datasets, kind), folder.parent
+        remedy = f"unpack there {kind.filename} from {CIFAR_PAGE}"
+        _download(lambda: kind(root, download=True), title, root, remedy)
+        return _unpickle(folder, files)
 
 
-def _read_cifar(kind: Callable[..., Any], root: Path, title: str) -> tuple[Labelled, Labelled, Any]:
-    remedy = f"unpack there {kind.filename} from {CIFAR_PAGE}"
-    parts = _read_torchvision(kind, root, [{"train": True}, {"train": False}], title, remedy)
-    labelled = ((torch.from_numpy(part.data), torch.tensor(part.targets)) for part in parts)
-    return *labelled, parts[0]
+def _labelled(batches: list[dict[str, Any]], labels: str) -> Labelled:
+    """Return images (N, H, W, 3) and labels of unpickled batches."""
+    planes = torch.cat([torch.from_numpy(batch["data"]) for batch in batches]).view(-1, 3, 32, 32)
+    images = planes.permute(0, 2, 3, 1).contiguous()
+    return images, torch.tensor([label for batch in batches for label in batch[labels]])
 
 
 def read_cifar10(root: Path) -> Parts:
     """Read CIFAR-10 (Krizhevsky 2009); raises ``InputError`` where it is not there and cannot be downloaded."""
-    from torchvision.datasets import CIFAR10
-
-    train, test, _ = _read_cifar(CIFAR10, root, "CIFAR-10")
-    return train, test, CIFAR10_CLASSES
+    *train, test = _read_cifar("CIFAR10", root / CIFAR10_FOLDER, CIFAR10_FILES, "CIFAR-10")
+    return _labelled(train, "labels"), _labelled([test], "labels"), CIFAR10_CLASSES
 
 
 def read_cifar100(root: Path) -> Parts:
     """Read CIFAR-100 (Krizhevsky 2009) with its fine labels; raises as ``read_cifar10``."""
-    from torchvision.datasets import CIFAR100
-
-    train, test, whole = _read_cifar(CIFAR100, root, "CIFAR-100")
-    return train, test, tuple(whole.classes)
+    meta, *parts = _read_cifar("CIFAR100", root / CIFAR100_FOLDER, CIFAR100_FILES, "CIFAR-100")
+    train, test = (_labelled([part], "fine_labels") for part in parts)
+    return train, test, tuple(meta["fine_label_names"])
 
 
 def read_svhn(root: Path) -> Parts:
@@ -112,8 +151,12 @@ def read_svhn(root: Path) -> Parts:
         raise InputError("--dataset svhn: its .mat files are read with SciPy, which is not there: pip install scipy")
     from torchvision.datasets import SVHN
 
-    remedy = f"put there train_32x32.mat and test_32x32.mat from {SVHN_PAGE}"
-    parts = _read_torchvision(SVHN, root, [{"split": "train"}, {"split": "test"}], "SVHN", remedy)
+    try:
+        parts = [SVHN(root, split) for split in ("train", "test")]
+    except RuntimeError:  # so torchvision says that a file is missing or has another checksum
+        remedy = f"put there train_32x32.mat and test_32x32.mat from {SVHN_PAGE}"
+        download = partial(SVHN, root, download=True)
+        parts = _download(lambda: [download(split) for split in ("train", "test")], "SVHN", root, remedy)
     train, test = ((torch.from_numpy(part.data).permute(0, 2, 3, 1).contiguous(), part.labels) for part in parts)
     digits = tuple(map(str, range(10)))
     return (train[0], torch.from_numpy(train[1])), (test[0], torch.from_numpy(test[1])), digits

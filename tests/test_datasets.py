@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.datasets import CIFAR10, CIFAR100, GTSRB, SVHN, ImageFolder
+from torchvision.datasets import GTSRB, SVHN, ImageFolder
 
 import evaluate_cifar as evaluate
 import optimize_mask_cifar as optimize
@@ -53,34 +53,32 @@ def md5(path):
     return hashlib.md5(path.read_bytes()).hexdigest()
 
 
-def cifar(kind, root, patch, key, batches, classes):
-    """Write pickles as torchvision expects them, and let it expect their checksums."""
-    folder = root / kind.base_folder
+def cifar(folder, files, patch, contents):
+    """Write pickles as they are published, and let their checksums be the published ones."""
     folder.mkdir(parents=True)
-
-    def dump(name, content):
+    for name, content in contents.items():
         (folder / name).write_bytes(pickle.dumps(content))
-        return [name, md5(folder / name)]
+    patch.setattr(published, files, {name: md5(folder / name) for name in contents})
 
-    parts = []
-    for name, count, seed in batches:
-        planes = pixels(count, seed=seed).transpose(0, 3, 1, 2).reshape(count, -1)
-        parts.append(dump(name, {"data": planes, key: [(label + 1) % classes for label in range(count)]}))
-    meta = dump(kind.meta["filename"], {kind.meta["key"]: [f"class {label}" for label in range(classes)]})
-    patch.setattr(kind, "train_list", parts[:-1])
-    patch.setattr(kind, "test_list", parts[-1:])
-    patch.setattr(kind, "meta", {**kind.meta, "md5": meta[1]})
+
+def batch(count, seed, key, classes):
+    planes = pixels(count, seed=seed).transpose(0, 3, 1, 2).reshape(count, -1)
+    return {"data": planes, key: [(label + 1) % classes for label in range(count)]}
 
 
 @layout("cifar10", 10)
 def write_cifar10(root, patch):
-    batches = [("data_batch_1", TRAIN // 2, 0), ("data_batch_2", TRAIN // 2, 1), ("test_batch", TEST, 2)]
-    cifar(CIFAR10, root, patch, "labels", batches, 10)
+    counts = {"data_batch_1": TRAIN // 2, "data_batch_2": TRAIN // 2, "test_batch": TEST}
+    contents = {name: batch(count, seed, "labels", 10) for seed, (name, count) in enumerate(counts.items())}
+    cifar(root / published.CIFAR10_FOLDER, "CIFAR10_FILES", patch, contents)
 
 
 @layout("cifar100", 100)
 def write_cifar100(root, patch):
-    cifar(CIFAR100, root, patch, "fine_labels", [("train", TRAIN, 0), ("test", TEST, 1)], 100)
+    counts = {"train": TRAIN, "test": TEST}
+    contents = {name: batch(count, seed, "fine_labels", 100) for seed, (name, count) in enumerate(counts.items())}
+    meta = {"meta": {"fine_label_names": [f"class {label}" for label in range(100)]}}
+    cifar(root / published.CIFAR100_FOLDER, "CIFAR100_FILES", patch, meta | contents)
 
 
 @layout("svhn", 10, flip=False)
@@ -209,6 +207,17 @@ def test_labels_and_pixels_are_those_of_the_files(written):
         assert not (dataset.train.images[:4] == dataset.train.images[:4, :, :, :1]).all()
     else:
         assert len(labels) == TRAIN
+
+
+def test_nothing_of_another_checksum_is_unpickled(tmp_path, monkeypatch):
+    """A pickle can run code."""
+    offline(monkeypatch)
+    write_cifar10(tmp_path, monkeypatch)
+    monkeypatch.setattr(published.pickle, "loads", lambda *args, **kwargs: pytest.fail("unpickled"))
+    batch = tmp_path / published.CIFAR10_FOLDER / "test_batch"
+    batch.write_bytes(batch.read_bytes() + b".")
+    with pytest.raises(InputError, match="no intact CIFAR-10"):
+        load_dataset("cifar10", tmp_path)
 
 
 def split(name):
