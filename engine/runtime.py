@@ -38,7 +38,7 @@ class RuntimeConfig(Config):
 
     device: str = setting("auto", "auto (CUDA if there is one), cpu, cuda or cuda:N", kind=device_name)
     precision: str = setting(
-        "auto", "auto takes bf16 if the hardware computes in it natively, else fp32", choices=("auto", *PRECISIONS)
+        "auto", "auto takes bf16 if the hardware is faster in it, else fp32", choices=("auto", *PRECISIONS)
     )
     threads: int | None = setting(None, "CPU threads; if not given, as many as others leave free", Range(1, 1024))
 
@@ -82,15 +82,19 @@ def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextMan
     return torch.autocast(device.type, precision, enabled=precision != torch.float32)
 
 
-def has_bfloat16(device: torch.device) -> bool:
-    """Say whether the hardware itself computes in bfloat16 (AVX512-BF16 or AMX; CUDA from compute capability 8)."""
+def gains_from_bfloat16(device: torch.device, cpuinfo: str | Path = "/proc/cpuinfo") -> bool:
+    """Say whether the hardware computes faster in bfloat16 than in float32.
+
+    CUDA from compute capability 8; CPUs with AMX, with ARM's instructions, or AMD's with AVX512-BF16. Intel's with
+    AVX512-BF16 but without AMX have the instructions, and were slower (docs/speed.md).
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     try:
-        flags = set(Path("/proc/cpuinfo").read_text(errors="replace").split())
+        words = set(Path(cpuinfo).read_text(errors="replace").split())
     except FileNotFoundError:  # not Linux
         return False
-    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+    return bool(words & {"amx_bf16", "bf16"}) or {"avx512_bf16", "AuthenticAMD"} <= words
 
 
 def prepare_runtime(config: RuntimeConfig, began_with: dict[str, Any] | None = None) -> Runtime:
@@ -115,7 +119,7 @@ def prepare_runtime(config: RuntimeConfig, began_with: dict[str, Any] | None = N
         device = _prepare_cuda(device, bool(began_with))
     precision = config.precision
     if precision == "auto":
-        precision = "bf16" if has_bfloat16(device) else "fp32"
+        precision = "bf16" if gains_from_bfloat16(device) else "fp32"
     return Runtime(device, PRECISIONS[precision], threads, cpus)
 
 

@@ -140,12 +140,31 @@ def test_free_memory(tmp_path, files, free):
 # ---- as a run uses it
 
 
+@pytest.mark.parametrize(
+    ("vendor", "flags", "gains"),
+    [
+        ("GenuineIntel", "avx512f", False),
+        ("GenuineIntel", "avx512f avx512_bf16", False),
+        ("GenuineIntel", "avx512f avx512_bf16 amx_bf16 amx_tile", True),
+        ("AuthenticAMD", "avx512f", False),
+        ("AuthenticAMD", "avx512f avx512_bf16", True),
+    ],
+)
+def test_which_cpus_gain_from_bfloat16(tmp_path, vendor, flags, gains):
+    write(tmp_path, {"cpuinfo": f"vendor_id\t: {vendor}\nflags\t\t: fpu {flags} sse2\n"})
+    assert module.gains_from_bfloat16(torch.device("cpu"), tmp_path / "cpuinfo") == gains
+
+
+def test_a_machine_without_cpuinfo(tmp_path):
+    assert not module.gains_from_bfloat16(torch.device("cpu"), tmp_path / "cpuinfo")
+
+
 @pytest.fixture
 def found(monkeypatch):
     """Say what the machine has; threads and flags are put back afterwards."""
     threads = torch.get_num_threads()
     monkeypatch.setattr(module, "PYTORCH_THREADS", 8)
-    monkeypatch.setattr(module, "has_bfloat16", lambda device: True)
+    monkeypatch.setattr(module, "gains_from_bfloat16", lambda device: True)
     monkeypatch.setattr(module, "allowed_cpus", lambda: set(range(4)))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     yield lambda cpus: monkeypatch.setattr(module, "find_cpus", lambda: cpus)
