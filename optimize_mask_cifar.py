@@ -29,7 +29,7 @@ from engine.drive import LogConfig, drive
 from engine.evaluation import Reports, is_ruined
 from engine.memory import check_step, masking_bytes
 from engine.runtime import RuntimeConfig, choose_runtime
-from formats.mask_file import write_masks
+from formats.mask_file import MOST_HELD_OUT, write_masks
 from formats.outputs import outputs_of_masks, seed_folder
 from formats.plots import plot_masks
 from formats.subject import Subject, add_subject_flags, load_subject, remember
@@ -38,6 +38,15 @@ from utils.config import Config, Range, add_flags, add_output_flags, from_flags,
 from utils.console import announce, leave
 from utils.errors import InputError
 from utils.run import Run, command_line, run_script
+
+
+@dataclass(frozen=True)
+class HoldOutConfig(Config):
+    """Which of the clean images the masks are not learnt from."""
+
+    val_split: float = setting(
+        0.0, "share of the clean images that is held out, for step 3 to judge by", Range(0, MOST_HELD_OUT)
+    )
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,7 @@ class SeedsConfig(Config):
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of step 2."""
     parser = make_parser(__doc__)
-    add_subject_flags(parser)
+    add_flags(add_subject_flags(parser), HoldOutConfig)
     group = parser.add_argument_group("adversarial neuron pruning")
     add_flags(group, AnpConfig)
     add_flags(group, SeedsConfig)
@@ -91,7 +100,7 @@ def refuse_useless(rows: list[dict], subject: Subject) -> None:
     first, last = (row.get("by seed") or {"": row} for row in (rows[0], rows[-1]))
     for seed, row in last.items():
         before, after = (each["defender acc %"] / 100 for each in (first[seed], row))
-        if is_ruined(before, after, subject.clean):
+        if is_ruined(before, after, subject.judging):
             raise InputError(
                 f"{seed and f'seed {seed}: '}with these masks the network only guesses ({100 * after:.1f} % of the "
                 f"clean images, {100 * before:.1f} % before), so they are of no use; lower --lr or --anp-eps"
@@ -101,7 +110,7 @@ def refuse_useless(rows: list[dict], subject: Subject) -> None:
 def optimize(args: argparse.Namespace, run: Run) -> None:
     """Carry out step 2 in the run's folder."""
     runtime = choose_runtime(from_flags(RuntimeConfig, args), run)
-    subject, evaluator = load_subject(args, runtime)
+    subject, evaluator = load_subject(args, runtime, held_out=args.val_split)
     remember(run, subject)
     config = from_flags(AnpConfig, args, precision=runtime.precision)
     folders = {seed: run.folder / seed_folder(seed) for seed in args.seeds or ()} or {config.seed: run.folder}
@@ -116,7 +125,8 @@ def optimize(args: argparse.Namespace, run: Run) -> None:
     refuse_useless(run.log.rows, subject)
     for number, folder in enumerate(folders.values()):
         neurons = loop.neurons(number)
-        write_masks(folder / "mask_values.txt", neurons, subject.card["repaired_from"]["sha256"])
+        held_out = {"val_frac": args.val_frac, "val_split": args.val_split} if args.val_split else None
+        write_masks(folder / "mask_values.txt", neurons, subject.card["repaired_from"]["sha256"], held_out)
         plot_masks(folder / "mask_values.png", neurons, PAPER_THRESHOLD)
         announce(f"saved {folder / 'mask_values.txt'}: {len(neurons)} neurons; {run.seconds:.0f} s")
 

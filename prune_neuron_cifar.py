@@ -27,7 +27,7 @@ from engine.evaluation import BatchConfig, is_ruined
 from engine.memory import check_step, pruning_bytes
 from engine.runtime import RuntimeConfig, choose_runtime
 from engine.sweep import SweepLoop
-from formats.mask_file import MaskFileConfig, check_source, read_masks
+from formats.mask_file import MaskFileConfig, check_source, held_out_share, read_masks
 from formats.outputs import OUTPUTS
 from formats.plots import plot_sweep
 from formats.pruning_file import write_sweep
@@ -70,7 +70,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def prune(args: argparse.Namespace, run: Run) -> None:
     """Carry out step 3 in the run's folder."""
     runtime = choose_runtime(from_flags(RuntimeConfig, args), run)
-    subject, evaluator = load_subject(args, runtime, args.batch_size)
+    held_out = held_out_share(args.mask_file, args.val_frac, args.val_split)
+    subject, evaluator = load_subject(args, runtime, args.batch_size, held_out)
     remember(run, subject)
     check_source(args.mask_file, subject.card["repaired_from"]["sha256"])
     neurons = sort_neurons(read_masks(args.mask_file, subject.network))
@@ -97,7 +98,7 @@ def prune(args: argparse.Namespace, run: Run) -> None:
     announce(f"chosen: {choice.words} ({choice.reason}): {count} of {total} neurons, {100 * count / total:.2f} %")
     announce(f"before: {loop.rows[0].report}")
     announce(f"after:  {report}")
-    if is_ruined(accuracies[0], report.defender.accuracy, subject.clean):
+    if is_ruined(accuracies[0], report.defender.accuracy, subject.judging):
         announce("warning: the repaired network only guesses; prune fewer neurons (--max-acc-drop, --threshold)")
     if args.compact:
         save_compact(run.folder, repaired, card, subject, evaluator)

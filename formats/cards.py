@@ -96,6 +96,11 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
+def _is_held_out(value: Any) -> bool:
+    names = {"val_frac", "val_split"}
+    return isinstance(value, dict) and value.keys() == names and all(map(_is_number_in(Range(0, 1)), value.values()))
+
+
 def _is_metrics(value: Any) -> bool:
     return isinstance(value, dict) and all(type(figure) in (int, float) for figure in value.values())
 
@@ -122,6 +127,7 @@ _ENTRIES: dict[str, Callable[[Any], bool]] = {
     "normalization": _is_normalization,
     "attack": lambda value: isinstance(value, (dict, NoneType)),
     "split": _is_split,
+    "held_out": _is_held_out,
     "compact": lambda value: isinstance(value, bool),
     "command": _is_text,
     "metrics": _is_metrics,

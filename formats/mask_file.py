@@ -10,10 +10,11 @@ from torch import nn
 from formats.cards import read_card, write_with_card
 from models.neuron_layers import neuron_layers
 from models.neurons import MASK_DECIMALS, Neuron
-from utils.config import Config, InputFile, required
+from utils.config import Config, InputFile, Range, required, setting
 from utils.errors import InputError, quote, shorten
 from utils.files import read_text
 
+MOST_HELD_OUT = 0.5  # share of the clean images
 HEADER = ("No", "Layer Name", "Neuron Idx", "Mask Score")
 SEPARATOR = " \t "
 
@@ -25,10 +26,21 @@ class MaskFileConfig(Config):
     mask_file: InputFile = required(
         "mask_values.txt of step 2: a file, an address, or a name from the zoo", metavar="FILE"
     )
+    val_split: float | None = setting(
+        None, "share of the clean images that step 2 held out; a card beside the masks says it", Range(0, MOST_HELD_OUT)
+    )
 
 
-def write_masks(path: str | Path, neurons: list[Neuron], checkpoint_sha256: str) -> None:
+def write_masks(
+    path: str | Path, neurons: list[Neuron], checkpoint_sha256: str, held_out: dict[str, float] | None = None
+) -> None:
     """Write neurons in state_dict order, masks with 4 decimals, and a card that says which checkpoint they belong to.
+
+    Args:
+        path: the text file.
+        neurons: in state_dict order.
+        checkpoint_sha256: of the network's file.
+        held_out: ``val_frac`` and ``val_split``, which of the clean images the masks have not seen; None: they saw all.
 
     Raises:
         OSError: the folder cannot be written or the disk is full.
@@ -36,7 +48,29 @@ def write_masks(path: str | Path, neurons: list[Neuron], checkpoint_sha256: str)
     rows = [HEADER]
     rows += [(str(n), layer, str(i), f"{mask:.{MASK_DECIMALS}f}") for n, (layer, i, mask) in enumerate(neurons)]
     text = "".join(SEPARATOR.join(row) + " \n" for row in rows)
-    write_with_card(path, text.encode(), {"checkpoint_sha256": checkpoint_sha256})
+    seen = {"held_out": held_out} if held_out else {}
+    write_with_card(path, text.encode(), {"checkpoint_sha256": checkpoint_sha256, **seen})
+
+
+def held_out_share(path: str | Path, val_frac: float, val_split: float | None) -> float:
+    """Return which share of the clean images a mask file has not seen: what its card says, or else the user.
+
+    Args:
+        path: the mask file.
+        val_frac: the defender's clean images, as in ``SubjectConfig``.
+        val_split: what the user says; None: nothing.
+
+    Raises:
+        InputError: the user says something else than the card.
+    """
+    card = read_card(path) if os.path.lexists(path) else None
+    if card is None:
+        return val_split or 0.0
+    held_out = card.get("held_out", {"val_split": 0.0})
+    for name, given in {"val_frac": val_frac, "val_split": val_split}.items():
+        if given is not None and given != held_out.get(name, given):
+            raise InputError(f"{path}: learnt with --{name.replace('_', '-')} {held_out[name]:g}, not {given:g}")
+    return held_out["val_split"]
 
 
 def check_source(path: str | Path, checkpoint_sha256: str) -> None:

@@ -1,14 +1,14 @@
 """The network that steps 2 and 3 repair, and an attacker's surrogate, with what cards and flags say about them."""
 
 import argparse
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from data.datasets import ImageSet, Normalization, SourceConfig, is_same_dataset
-from data.split import HELD_OUT, absolute, defender_index, load_permutation, permutation_digest
+from data.split import HELD_OUT, absolute, defender_index, load_permutation, permutation_digest, split_size
 from engine.evaluation import Evaluator
 from engine.runtime import Runtime
 from formats.cards import is_compact, read_card
@@ -32,6 +32,7 @@ class Subject:
         flip: whether a mirrored image keeps its class.
         clean: the defender's clean images, on the network's device.
         card: what is known of whatever is derived from the network.
+        held_out: those of them that step 2 does not see; None: it sees all.
     """
 
     network: nn.Module
@@ -39,6 +40,12 @@ class Subject:
     flip: bool
     clean: ImageSet
     card: dict[str, Any]
+    held_out: ImageSet | None = None
+
+    @property
+    def judging(self) -> ImageSet:
+        """The clean images on which the defender judges what to prune: those held out, where there are any."""
+        return self.held_out or self.clean
 
 
 @dataclass(frozen=True)
@@ -52,12 +59,35 @@ class SubjectConfig(Config):
     )
 
 
-def add_subject_flags(parser: argparse.ArgumentParser, attack: bool = True) -> None:
-    """Add what steps 2 and 3 share: the network to repair, the trigger unless it is out of place, the clean images."""
+def hold_out(subject: Subject, share: float) -> Subject:
+    """Keep the last of a subject's clean images from step 2.
+
+    Args:
+        subject: with all of them.
+        share: of the images, 0..1; 0 keeps none.
+
+    Raises:
+        InputError: too few are left on one side.
+    """
+    if not share:
+        return subject
+    count = split_size(share, len(subject.clean))
+    if count < 2 or len(subject.clean) - count < 2:
+        raise InputError(f"--val-split {share:g} of {len(subject.clean)} clean images holds {count} out; 2 are needed")
+    return replace(subject, clean=subject.clean[:-count], held_out=subject.clean[-count:])
+
+
+def add_subject_flags(parser: argparse.ArgumentParser, attack: bool = True) -> argparse._ArgumentGroup:
+    """Add what steps 2 and 3 share: the network to repair, the trigger unless it is out of place, the clean images.
+
+    Returns:
+        The group of the clean images.
+    """
     add_network_flags(parser, attack)
     group = parser.add_argument_group("clean images")
     add_flags(group, SubjectConfig)
     add_flags(group, SourceConfig)
+    return group
 
 
 def _permutation(path: str, split_file: str | None, card: dict[str, Any], size: int) -> tuple[str | None, Tensor]:
@@ -146,7 +176,7 @@ def load_defender(args: argparse.Namespace, runtime: Runtime) -> tuple[Subject, 
 
 
 def load_subject(
-    args: argparse.Namespace, runtime: Runtime, batch_size: int | None = None
+    args: argparse.Namespace, runtime: Runtime, batch_size: int | None = None, held_out: float = 0.0
 ) -> tuple[Subject, Evaluator]:
     """Load what a defender sees and, apart from it, what the defence is judged on; print what was found.
 
@@ -154,18 +184,21 @@ def load_subject(
         args: with the flags of ``add_subject_flags``.
         runtime: where to run.
         batch_size: images in an evaluation batch; None for the evaluator's own.
+        held_out: share of the clean images that step 2 does not see.
 
     Raises:
-        InputError: as ``load_network``, or the split is not the one on which the network was trained.
+        InputError: as ``load_network`` and ``hold_out``, or the split is not the one on which the network was trained.
     """
     subject, loaded = load_defender(args, runtime)
-    test, clean = loaded.dataset.test, subject.clean
+    subject = hold_out(subject, held_out)
+    test, clean = loaded.dataset.test, subject.judging
     sizes = {"batch_size": batch_size} if batch_size else {}
     evaluator = Evaluator(test, loaded.attack, subject.normalization, runtime.precision, clean, **sizes)
     images = sum(len(each) for each in evaluator.sets.values() if each)
     if loaded.attack is None:
         announce("no --trigger-info: clean accuracy only, the attack success rate is not known")
-    announce(f"{len(clean)} clean images of {loaded.dataset.name}; every row measures {images} images")
+    kept = f" for the masks, {len(clean)} held out" if subject.held_out else ""
+    announce(f"{len(subject.clean)} clean images of {loaded.dataset.name}{kept}; every row measures {images} images")
     return subject, evaluator
 
 

@@ -354,6 +354,51 @@ def test_the_defender_holds_the_images_that_the_attacker_never_saw(checkpoint):
     assert evaluator.sets["triggered"] is None and not subject.network.training
 
 
+@pytest.mark.parametrize("val_frac", ["0.1", "0.05"])
+def test_images_held_out_of_step_2_judge_step_3(checkpoint, tmp_path, val_frac):
+    """Step 3 takes what the masks' card says, without a flag."""
+    dataset, permutation = DATASETS["tiny"](None), draw_permutation(600)
+    count, kept = (60, 48) if val_frac == "0.1" else (30, 24)
+    flags = [*checkpoint, "--val-frac", val_frac]
+    source = optimize.build_parser().parse_args([*flags, "--val-split", "0.2"])
+    subject, evaluator = load_subject(source, Runtime(torch.device("cpu"), torch.float32), held_out=source.val_split)
+    assert torch.equal(subject.clean.images, dataset.train.images[permutation[:kept]])
+    for held in (subject.held_out, subject.judging, evaluator.sets["defender"]):
+        assert torch.equal(held.images, dataset.train.images[permutation[kept:count]])
+    masks = ["--nb-iter", "2", "--batch-size", "16", "--print-every", "2"]
+    assert optimize.main([*flags, "--val-split", "0.2", *masks]) == 0
+    assert rows(tmp_path / "out", "optimize")
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        load = prune.load_subject
+        patch.setattr(prune, "load_subject", lambda *given: seen.append(load(*given)) or seen[0])
+        step_3 = [*flags, "--mask-file", f"{tmp_path}/out/mask_values.txt", "--pruning-max", "0"]
+        assert prune.main(step_3) == 0
+    assert torch.equal(seen[0][1].sets["defender"].images, dataset.train.images[permutation[kept:count]])
+    assert len(seen[0][0].clean) == kept
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--val-frac", "0.1", "--val-split", "0.5"], "learnt with --val-split 0.2, not 0.5"),
+        (["--val-frac", "0.05"], "learnt with --val-frac 0.1, not 0.05"),
+    ],
+)
+def test_masks_that_have_seen_other_images(checkpoint, tmp_path, network, flags, message, capsys):
+    names = [(name, index) for name, layer in neuron_layers(network).items() for index in range(layer.num_features)]
+    masks = tmp_path / "masks.txt"
+    neurons = [Neuron(*name, 0.5) for name in names]
+    write_masks(masks, neurons, sha256_of(checkpoint[1]), {"val_frac": 0.1, "val_split": 0.2})
+    assert prune.main([*checkpoint, "--mask-file", str(masks), *flags]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_too_few_images_to_hold_some_out(checkpoint, capsys):
+    assert optimize.main([*checkpoint, "--val-frac", "0.01", "--val-split", "0.2"]) == 1
+    assert "--val-split 0.2 of 6 clean images holds 1 out; 2 are needed" in capsys.readouterr().err
+
+
 def test_the_attacker_holds_all_other_images(tmp_path):
     args, *_ = train.parse_arguments(["--dataset", "tiny", "--output-dir", str(tmp_path)])
     run = argparse.Namespace(folder=tmp_path, overwriting=False, track=None, rely_on=lambda facts: None)

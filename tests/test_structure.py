@@ -70,7 +70,7 @@ def test_a_defence_knows_no_files_no_printing_and_no_trigger(path):
 def test_the_defenders_view_has_no_trigger_and_no_test_set():
     from formats.subject import Subject
 
-    assert set(Subject.__dataclass_fields__) == {"network", "normalization", "flip", "clean", "card"}
+    assert set(Subject.__dataclass_fields__) == {"network", "normalization", "flip", "clean", "card", "held_out"}
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=name)
