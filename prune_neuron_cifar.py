@@ -19,9 +19,14 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     prepare_process()
 
 import argparse
+from dataclasses import replace
 from functools import partial
 
-from defenses.pruning import ChoiceConfig, SweepConfig, choose
+import torch
+
+from defenses.defense import CleanImages
+from defenses.pruning import Choice, ChoiceConfig, SweepConfig, choose
+from defenses.trigger_free import TriggerFreeConfig, choose_trigger_free
 from engine.drive import drive
 from engine.evaluation import BatchConfig, is_ruined
 from engine.memory import check_step, pruning_bytes
@@ -32,12 +37,13 @@ from formats.outputs import OUTPUTS
 from formats.plots import plot_sweep
 from formats.pruning_file import write_sweep
 from formats.repaired import CompactConfig, save_compact, save_repaired
-from formats.subject import add_subject_flags, load_subject, remember
+from formats.subject import Subject, add_subject_flags, load_subject, remember
 from formats.zoo import locate_inputs
-from models.neurons import pruned_copy, sort_neurons
+from models.neurons import Neuron, pruned_copy, sort_neurons
 from utils.config import add_flags, add_output_flags, from_flags, make_parser
 from utils.console import announce, leave
 from utils.errors import InputError
+from utils.files import as_json, write_bytes
 from utils.run import Run, command_line, run_script
 
 
@@ -50,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_flags(group, BatchConfig)
     add_flags(group, SweepConfig)
     add_flags(group.add_mutually_exclusive_group(), ChoiceConfig)
+    add_flags(parser.add_argument_group("without the trigger"), TriggerFreeConfig)
     add_flags(group, CompactConfig)
     add_flags(parser.add_argument_group("computation"), RuntimeConfig)
     add_output_flags(parser)
@@ -65,6 +72,26 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     except ValueError as error:
         parser.error(str(error))
     return args
+
+
+def choose_without_trigger(
+    args: argparse.Namespace, run: Run, subject: Subject, neurons: list[Neuron], precision: torch.dtype
+) -> Choice:
+    """Choose the operating point by detector and patch; write down what they found."""
+    announce("looking for a backdoor, and for where it ends")
+    judge = CleanImages.of(replace(subject, clean=subject.held_out)) if subject.held_out else None
+    found = choose_trigger_free(
+        subject.network,
+        neurons,
+        subject.clean.num_classes,
+        subject.normalization,
+        CleanImages.of(subject),
+        judge,
+        from_flags(TriggerFreeConfig, args),
+        precision,
+    )
+    write_bytes(run.folder / "trigger_free.json", as_json(found.as_dict()))
+    return found.choice(neurons)
 
 
 def prune(args: argparse.Namespace, run: Run) -> None:
@@ -88,7 +115,10 @@ def prune(args: argparse.Namespace, run: Run) -> None:
     rows = [(row.point.count, row.point.last, row.point.mask, row.report) for row in loop.rows]
     write_sweep(run.folder / f"pruning_by_{by}.txt", rows)
     accuracies = [row.report.defender.accuracy for row in loop.rows]
-    choice = choose(neurons, loop.points, accuracies, from_flags(ChoiceConfig, args))
+    if args.trigger_free:
+        choice = choose_without_trigger(args, run, subject, neurons, runtime.precision)
+    else:
+        choice = choose(neurons, loop.points, accuracies, from_flags(ChoiceConfig, args))
     report = loop.report_of(choice.point)
     repair = {"method": "ANP", "chosen": choice.words, "pruned_neurons": choice.point.count, "why": choice.reason}
     repaired = pruned_copy(subject.network, loop.neurons[: choice.point.count])

@@ -79,11 +79,17 @@ class ChoiceConfig(Config):
         Range(0, 100),
         metavar="POINTS",
     )
+    trigger_free: bool = setting(
+        False,
+        "operating point: none where no backdoor is found; else where a patch that stands in for the trigger has lost "
+        "its force (docs/trigger_free.md)",
+    )
 
     def __post_init__(self):
         super().__post_init__()
-        if sum(value is not None for value in (self.threshold, self.number, self.max_acc_drop)) > 1:
-            raise ValueError("choose one of threshold, number and max_acc_drop")
+        given = [value is not None for value in (self.threshold, self.number, self.max_acc_drop)]
+        if sum([*given, self.trigger_free]) > 1:
+            raise ValueError("choose one of threshold, number, max_acc_drop and trigger_free")
 
 
 def _steps(maximum: float, step: float) -> Iterator[Decimal]:
@@ -163,8 +169,7 @@ def choose(neurons: list[Neuron], points: list[PruningPoint], accuracies: list[f
         ValueError: there are not so many neurons.
     """
     if config.number is not None:
-        point = _number_point(neurons, config.number)
-        return Choice(point, _in_words(point), "--number")
+        return choice_of(neurons, config.number, "--number")
     max_drop = config.max_acc_drop
     if config.threshold is None and max_drop is None and all(point.threshold is None for point in points):
         max_drop = ACCEPTED_DROP
@@ -175,6 +180,12 @@ def choose(neurons: list[Neuron], points: list[PruningPoint], accuracies: list[f
         return Choice(point, _in_words(point), reason)
     point = threshold_point(neurons, PAPER_THRESHOLD if config.threshold is None else config.threshold)
     reason = "the paper's fixed threshold" if config.threshold is None else "--threshold"
+    return Choice(point, _in_words(point), reason)
+
+
+def choice_of(neurons: list[Neuron], count: int, reason: str) -> Choice:
+    """Return the choice to prune the ``count`` neurons of smallest mask; raises ``ValueError`` if there are fewer."""
+    point = _number_point(neurons, count)
     return Choice(point, _in_words(point), reason)
 
 

@@ -15,8 +15,15 @@ TRAIN = (
 )
 MASKS = (r"mask_values\.(txt|json)", r"optimize_log\.jsonl", rf"mask_values{PICTURES}")
 REPAIRED = r"(repaired|compact)_model\.(th|json)|repaired_model\.[a-z-]+\.pt"
+TRIGGER_FREE = r"trigger_free\.json"
 SWEEPS = {
-    by: (REPAIRED, rf"pruning_by_{by}\.txt", rf"pruning_by_{by}_log\.jsonl", rf"pruning_by_{by}{PICTURES}")
+    by: (
+        REPAIRED,
+        r"trigger_free\.json",
+        rf"pruning_by_{by}\.txt",
+        rf"pruning_by_{by}_log\.jsonl",
+        rf"pruning_by_{by}{PICTURES}",
+    )
     for by in ("threshold", "number")
 }
 DEFENDED = (REPAIRED, r"defend_log\.jsonl", rf"curve(\.jsonl|{PICTURES})")

@@ -1,0 +1,250 @@
+"""How much to prune where nobody knows the trigger: until a patch that stands in for it has lost its force.
+
+The detector names a class under suspicion. A patch of bounded size is learnt that sends images to that class in the
+untouched network, but not in one pruned as far as its accuracy allows: so it uses what pruning can remove, as the
+trigger does, and no natural features of the class. Then the network is pruned until the patch fails. The constants were
+fixed on five networks, docs/trigger_free.md says which.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data.datasets import Normalization
+from defenses.defense import BATCH, CleanImages
+from defenses.detection import Detection, DetectionConfig, detect
+from defenses.patches import Logits, PatchConfig, learn_patches, logits_of_pixels, pixels_of
+from defenses.pruning import PAPER_THRESHOLD, Choice, choice_of
+from models.neurons import Neuron, pruned_copy, threshold_point
+from utils.config import Range, setting
+
+FIRST, GROWTH, LAST = 0.005, 1.2, 0.5  # of the grid: its first point, the ratio of two, its last; shares of the neurons
+LEARNT = 0.5  # share of the images that a patch has to move in the untouched network to stand in for a trigger
+
+
+@dataclass(frozen=True)
+class TriggerFreeConfig(PatchConfig):
+    """Settings of the rule.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    patches: int = setting(2, "patches, each from another start; the strongest counts", Range(1, 1000))
+    patch_left: float = setting(
+        0.16, "--trigger-free stops where the patches move at most this share of the images", Range(0, 1)
+    )
+    accuracy_cap: float = setting(
+        10.0,
+        "--trigger-free never costs more than this many percentage points of the defender's accuracy",
+        Range(0, 100),
+    )
+
+
+@dataclass(frozen=True)
+class Row:
+    """The network without some neurons, as a defender sees it.
+
+    Attributes:
+        count: of neurons pruned.
+        reached: 0..1; share of images of other classes that the patch sends to the class under suspicion.
+        accuracy: 0..1, on the images by which it judges.
+    """
+
+    count: int
+    reached: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Where to stop.
+
+    Attributes:
+        count: of neurons to prune; None where no patch could be learnt.
+        abstained: no patch was learnt, or it had not failed at the accuracy cap, where the count then is.
+        learnt: 0..1; share of the images that the strongest patch moves in the untouched network.
+        rows: all that were looked at, by count.
+    """
+
+    count: int | None
+    abstained: bool
+    learnt: float
+    rows: list[Row]
+
+
+@dataclass(frozen=True)
+class TriggerFree:
+    """What was found without the trigger.
+
+    Attributes:
+        detection: whether there is a backdoor, and to which class.
+        stop: where to stop pruning; None where no backdoor was found.
+    """
+
+    detection: Detection
+    stop: Stop | None
+
+    def choice(self, neurons: list[Neuron]) -> Choice:
+        """Return the operating point, in words and why; ``neurons`` are sorted by mask."""
+        if self.stop is None:
+            return choice_of(neurons, 0, f"no backdoor was found, p = {self.detection.p_value:.2g}")
+        if self.stop.count is None:
+            point = threshold_point(neurons, PAPER_THRESHOLD)
+            missing = f"no patch for class {self.detection.suspect} that pruning stops"
+            reason = f"abstained: {missing}; the paper's threshold instead"
+            return choice_of(neurons, point.count, reason)
+        left = next(row.reached for row in self.stop.rows if row.count == self.stop.count)
+        moved = (
+            f"the patch for class {self.detection.suspect} moves {100 * left:.0f} % of the clean images there, "
+            f"{100 * self.stop.learnt:.0f} % before"
+        )
+        return choice_of(
+            neurons, self.stop.count, f"abstained at the accuracy cap: {moved}" if self.stop.abstained else moved
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all of it in plain containers."""
+        return {"detection": self.detection.as_dict(), "stop": self.stop and asdict(self.stop)}
+
+
+def grid(neurons: int) -> Iterator[int]:
+    """Yield the counts of the search's first pass: 0, then a geometric grid."""
+    yield 0
+    share, before = FIRST, 0
+    while share <= LAST:
+        count = max(before + 1, round(share * neurons))
+        yield count
+        share, before = share * GROWTH, count
+
+
+def within(accuracy: Callable[[int], float], neurons: int, cap: float) -> list[int]:
+    """Return the counts of the grid up to the last before accuracy falls by more than the cap.
+
+    Args:
+        accuracy: of the network without so many neurons, 0..1.
+        neurons: how many there are.
+        cap: of the drop, 0..1.
+    """
+    counts, floor = [], accuracy(0) - cap - 1e-9
+    for count in grid(neurons):
+        if accuracy(count) < floor:
+            break
+        counts.append(count)
+    return counts
+
+
+def search(reached: Callable[[int], float], counts: list[int], left: float) -> tuple[int, bool]:
+    """Find the first point of the grid at which the patches have failed, there and at the next one.
+
+    The point is not refined towards the one before, since patches fail a little before the trigger does.
+
+    Args:
+        reached: share of images that the strongest patch moves in the network without so many neurons.
+        counts: the grid, rising from 0.
+        left: a patch has failed that moves at most this share.
+
+    Returns:
+        The count, and whether it is only the last of the grid, since they do not fail.
+    """
+    failed = [reached(count) <= left for count in counts]
+    first = next((number for number, pair in enumerate(pairwise([*failed, True])) if all(pair)), None)
+    return (counts[-1], True) if first is None else (counts[first], False)
+
+
+def choose_trigger_free(
+    network: nn.Module,
+    neurons: list[Neuron],
+    num_classes: int,
+    normalization: Normalization,
+    learn: CleanImages,
+    judge: CleanImages | None = None,
+    config: TriggerFreeConfig | None = None,
+    precision: torch.dtype = torch.float32,
+) -> TriggerFree:
+    """Say whether a network is backdoored and, if it is, how much of it to prune, from clean images alone.
+
+    Args:
+        network: any classifier of images with neurons; it is not changed.
+        neurons: sorted by mask.
+        num_classes: K, 4 or more.
+        normalization: of the network's input.
+        learn: clean images for detector and patch.
+        judge: clean images on which accuracy is measured, none of which the masks have seen; None: the same.
+        config: the settings.
+        precision: data type of convolutions and linear layers.
+
+    Raises:
+        InputError: as ``detection.detect``.
+    """
+    config, size = config or TriggerFreeConfig(), tuple(pixels_of(learn, normalization).shape[1:3])
+    detection = detect(network, num_classes, size, normalization, learn, DetectionConfig(precision=precision))
+    if not detection.backdoored:
+        return TriggerFree(detection, None)
+    return TriggerFree(
+        detection, stop_of(network, neurons, detection.suspect, learn, judge or learn, normalization, config, precision)
+    )
+
+
+def stop_of(
+    network: nn.Module,
+    neurons: list[Neuron],
+    suspect: int,
+    learn: CleanImages,
+    judge: CleanImages,
+    normalization: Normalization,
+    config: TriggerFreeConfig,
+    precision: torch.dtype = torch.float32,
+) -> Stop:
+    """Find where to stop pruning, from clean images alone.
+
+    Args:
+        network: untouched; it is not changed.
+        neurons: sorted by mask.
+        suspect: the class under suspicion.
+        learn: clean images from which the patch is learnt.
+        judge: clean images on which accuracy is measured; better none that the masks were learnt from.
+        normalization: of the network's input.
+        config: the settings.
+        precision: data type of convolutions and linear layers.
+
+    Raises:
+        InputError: all images are of one class.
+    """
+    network = copy.deepcopy(network).requires_grad_(False).eval()
+    pixels = [pixels_of(clean, normalization) for clean in (learn, judge)]
+
+    def logits_of(count: int) -> Logits:
+        return logits_of_pixels(pruned_copy(network, neurons[:count]), normalization, precision)
+
+    @cache
+    def accuracy(count: int) -> float:
+        return _accuracy(logits_of(count), pixels[1], judge.labels)
+
+    counts = within(accuracy, len(neurons), config.accuracy_cap / 100)
+    target = torch.tensor([suspect] * config.patches)
+    patches = learn_patches(logits_of(0), pixels[0], learn.labels, target, config, logits_of(counts[-1]))
+    parts = [learn] if judge is learn else [learn, judge]
+    every, labels = torch.cat(pixels[: len(parts)]), torch.cat([part.labels for part in parts])
+
+    @cache
+    def reached(count: int) -> float:
+        return float(patches.reached(logits_of(count), every, labels).max())
+
+    rows = [Row(count, reached(count), accuracy(count)) for count in counts]
+    if reached(0) < LEARNT:
+        return Stop(None, True, reached(0), rows)
+    return Stop(*search(reached, counts, config.patch_left), reached(0), rows)
+
+
+@torch.no_grad()
+def _accuracy(logits_of: Logits, images: Tensor, labels: Tensor) -> float:
+    """Return the share of right answers, 0..1."""
+    answers = [logits_of(part).argmax(1) for part in images.split(BATCH)]
+    return float((torch.cat(answers) == labels).float().mean())

@@ -1,0 +1,241 @@
+"""Patches, and where pruning stops without the trigger: planted networks whose answer is known, and the script."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import prune_neuron_cifar as prune
+from data.datasets import Normalization
+from defenses.defense import CleanImages
+from defenses.detection import Detection
+from defenses.patches import PatchConfig, learn_patches, logits_of_pixels, pixels_of
+from defenses.trigger_free import TriggerFree, TriggerFreeConfig, choose_trigger_free, grid, search, stop_of, within
+from models.neurons import Neuron
+from utils.errors import InputError
+
+PLAIN = Normalization((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+SCALED = Normalization((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
+CLASSES, SIZE, TARGET = 6, 8, 3
+CORNER = 1 / 16  # share of the image: 4 of its 64 pixels
+
+
+class Backdoored(nn.Module):
+    """Tells images by the brightest of their upper rows; a bright lower corner means the target whatever they show."""
+
+    def __init__(self, target=TARGET, force=50.0):
+        super().__init__()
+        self.norm, self.linear = nn.BatchNorm1d(CLASSES + 2), nn.Linear(CLASSES + 2, CLASSES, bias=False)
+        with torch.no_grad():
+            self.linear.weight.zero_()
+            self.linear.weight[:, :CLASSES] = 10 * torch.eye(CLASSES)
+            self.linear.weight[target, CLASSES] = force
+            self.norm.running_mean[CLASSES] = 0.6  # of the corner; darker ones say nothing
+            self.norm.running_mean[CLASSES + 1] = 2.0  # a neuron without a task
+
+    def forward(self, x):
+        corner = x[:, :, -2:, -2:].mean((1, 2, 3))
+        features = torch.cat([x.mean(1).mean(2)[:, :CLASSES], corner[:, None], corner[:, None]], 1)
+        return self.linear(nn.functional.leaky_relu(self.norm(features), 0.1))
+
+
+def clean_images(count=120, seed=0):
+    """Images whose row of their class is bright, as networks take them: (N, 3, H, W)."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % CLASSES
+    images = 0.5 * torch.rand(count, 3, SIZE, SIZE, generator=generator)
+    images[torch.arange(count), :, labels] += 0.4
+    return CleanImages(images, labels)
+
+
+def neurons_of(first=CLASSES):
+    """All neurons, that of the corner first, then the one without a task, then the classes'."""
+    order = [first, *(index for index in (CLASSES + 1, *range(CLASSES + 1)) if index != first)]
+    return [Neuron("norm", index, 0.1 * place) for place, index in enumerate(order)]
+
+
+QUICK = {"patch_share": CORNER, "patch_steps": 300}
+
+
+def patches_of(network, config=None, targets=(1, TARGET), avoid=None):
+    clean = clean_images()
+    pixels = pixels_of(clean, PLAIN)
+    one, other = (each and logits_of_pixels(each.eval(), PLAIN, torch.float32) for each in (network, avoid))
+    found = learn_patches(one, pixels, clean.labels, torch.tensor(targets), config or PatchConfig(**QUICK), other)
+    return found, found.reached(one, pixels, clean.labels)
+
+
+# ---- patches
+
+
+def test_a_patch_finds_the_trigger_and_nothing_like_it_elsewhere():
+    found, reached = patches_of(Backdoored())
+    assert reached[1] > 0.95 and reached[0] < 0.5
+    assert (found.masks.sum((1, 2, 3)) <= CORNER * SIZE * SIZE + 1e-4).all()
+    for values in (found.masks, found.patterns):
+        assert values.min() >= 0 and values.max() <= 1
+    inside = found.masks[1, -2:, -2:].sum() / found.masks[1].sum()
+    assert inside > 0.8
+
+
+def test_a_patch_can_be_asked_to_fail_on_another_network():
+    """Where both networks have the corner there is nothing left for it; where one lacks it, it stays."""
+    _, same = patches_of(Backdoored(), targets=(TARGET,), avoid=Backdoored())
+    _, other = patches_of(Backdoored(), targets=(TARGET,), avoid=Backdoored(force=0.0))
+    assert other > 0.95 and same < 0.5
+
+
+def test_patches_are_those_of_their_classes_alone():
+    """The order of the classes decides where each begins, nothing else."""
+    shares = {target: patches_of(Backdoored(target=target), targets=(1, target))[1][1] for target in (0, 2, 5)}
+    assert min(shares.values()) > 0.95
+
+
+def test_the_same_seed_makes_the_same_patches():
+    (first, _), (second, _), (third, _) = (patches_of(Backdoored(), PatchConfig(**QUICK, seed=s)) for s in (0, 0, 1))
+    assert torch.equal(first.masks, second.masks) and torch.equal(first.patterns, second.patterns)
+    assert not torch.equal(first.masks, third.masks)
+
+
+def test_pixels_are_those_that_were_normalised():
+    clean = clean_images()
+    mean, std = (torch.tensor(part).view(3, 1, 1) for part in (SCALED.mean, SCALED.std))
+    scaled = CleanImages((clean.images - mean) / std, clean.labels)
+    assert torch.allclose(pixels_of(scaled, SCALED), clean.images.permute(0, 2, 3, 1), atol=1e-6)
+
+
+def test_images_of_one_class_teach_no_patch():
+    clean = clean_images()
+    logits = logits_of_pixels(Backdoored().eval(), PLAIN, torch.float32)
+    labels = torch.full_like(clean.labels, 2)
+    with pytest.raises(InputError, match="all clean images are of one class"):
+        learn_patches(logits, pixels_of(clean, PLAIN), labels, torch.tensor([2]), PatchConfig(**QUICK))
+
+
+# ---- the search
+
+
+def test_the_grid_is_geometric_and_rises():
+    counts = list(grid(1200))
+    assert counts[:4] == [0, 6, 7, 9] and counts == sorted(set(counts)) and 500 < counts[-1] <= 600
+    assert list(grid(3)) == sorted(set(grid(3))) and max(grid(1)) >= 1
+
+
+def test_pruning_stops_at_the_first_point_where_the_patch_fails():
+    assert search(lambda count: 0.9 if count < 15 else 0.05, [0, 10, 20, 30], 0.1) == (20, False)
+
+
+def test_a_patch_that_fails_once_has_not_failed():
+    counts = [0, 10, 20, 30, 40]
+    reached = dict(zip(counts, [0.9, 0.05, 0.8, 0.1, 0.0], strict=True))
+    assert search(lambda count: reached.get(count, 1.0), counts, 0.1) == (30, False)
+
+
+def test_a_patch_that_fails_at_the_last_point_has_failed():
+    assert search(lambda count: 0.9 if count < 20 else 0.05, [0, 10, 20], 0.1) == (20, False)
+
+
+def test_a_patch_that_never_fails_ends_at_the_cap():
+    assert search(lambda count: 0.5, [0, 10, 20], 0.1) == (20, True)
+
+
+def test_the_grid_ends_before_the_cap():
+    counts = within(lambda count: 0.9 - count / 1000, 1200, 0.1)
+    assert counts[0] == 0 and counts[-1] <= 100 < counts[-1] * 1.3
+    assert within(lambda count: 0.9 if count == 0 else 0.1, 1200, 0.1) == [0]
+
+
+# ---- the rule
+
+
+def rule(network, neurons, **settings):
+    config = TriggerFreeConfig(**QUICK, **settings)
+    return stop_of(network, neurons, TARGET, clean_images(), clean_images(seed=1), PLAIN, config)
+
+
+def test_pruning_stops_when_the_trigger_is_gone():
+    stop = rule(Backdoored(), neurons_of())
+    assert (stop.count, stop.abstained) == (1, False) and stop.learnt > 0.95
+    rows = {row.count: row for row in stop.rows}
+    assert rows[0].reached == stop.learnt and rows[1].reached < 0.16
+    assert rows[0].accuracy == rows[1].accuracy == 1
+
+
+def test_a_backdoor_behind_the_accuracy_cap_is_said_to_be_there():
+    """The neuron of the corner comes after that of a class, which costs a sixth of the accuracy."""
+    order = [CLASSES + 1, 0, CLASSES, *range(1, CLASSES)]
+    neurons = [Neuron("norm", index, 0.1 * place) for place, index in enumerate(order)]
+    stop = rule(Backdoored(), neurons, accuracy_cap=5.0)
+    assert (stop.count, stop.abstained) == (None, True) and stop.learnt < 0.5
+    assert not rule(Backdoored(), neurons, accuracy_cap=30.0).abstained
+    found = TriggerFree(Detection({}, True, TARGET, 0.01), stop)
+    assert found.choice(neurons).point.count == 3  # masks of 0, 0.1 and 0.2
+    assert "abstained: no patch for class 3 that pruning stops" in found.choice(neurons).reason
+
+
+def test_the_strongest_patch_counts():
+    """Some starts find nothing."""
+    alone, together = (rule(Backdoored(), neurons_of(), patches=count) for count in (1, 3))
+    assert together.learnt >= alone.learnt
+    assert rule(Backdoored(), neurons_of(), patches=3).count == 1
+
+
+@pytest.fixture
+def verdict(monkeypatch):
+    """Let the detector say this."""
+    from defenses import trigger_free as module
+
+    return lambda backdoored: monkeypatch.setattr(
+        module, "detect", lambda *given: Detection({}, backdoored, TARGET, 0.01 if backdoored else 0.5)
+    )
+
+
+def test_nothing_is_pruned_where_no_backdoor_was_found(verdict):
+    verdict(False)
+    found = choose_trigger_free(Backdoored(), neurons_of(), CLASSES, PLAIN, clean_images())
+    choice = found.choice(neurons_of())
+    assert found.stop is None and choice.point.count == 0
+    assert choice.words == "prune nothing" and choice.reason == "no backdoor was found, p = 0.5"
+
+
+def test_the_choice_in_words(verdict):
+    verdict(True)
+    network = Backdoored()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    config = TriggerFreeConfig(**QUICK)
+    found = choose_trigger_free(network, neurons_of(), CLASSES, PLAIN, clean_images(), None, config)
+    choice = found.choice(neurons_of())
+    assert choice.point.count == 1 and choice.words == "prune the 1 neurons of smallest mask, up to 0"
+    assert choice.reason.startswith("the patch for class 3 moves 0 % of the clean images there, ")
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert json.loads(json.dumps(found.as_dict()))["stop"]["count"] == 1
+
+
+# ---- the script
+
+
+def step_3(folder, output, *flags):
+    source = ["--checkpoint", f"{folder}/last_model.th", "--mask-file", f"{folder}/mask_values.txt"]
+    quick = ["--patch-steps", "2", "--pruning-max", "0.2", "--precision", "fp32", "--val-frac", "0.1"]
+    return prune.main([*source, *quick, "--output-dir", str(output), *flags])
+
+
+def test_step_3_writes_down_what_it_found(trained, tmp_path, capsys):
+    """The same without a trigger as with it: nothing but the report depends on it."""
+    with_trigger = ["--trigger-info", f"{trained}/trigger_info.th"]
+    assert step_3(trained, tmp_path / "a", "--trigger-free", *with_trigger) == 0
+    assert step_3(trained, tmp_path / "b", "--trigger-free") == 0
+    texts = [(tmp_path / name / "trigger_free.json").read_bytes() for name in "ab"]
+    assert texts[0] == texts[1]
+    found = json.loads(texts[0])
+    card = json.loads((tmp_path / "a" / "repaired_model.json").read_text())
+    assert card["repair"]["pruned_neurons"] == (found["stop"]["count"] if found["stop"] else 0)
+    assert card["repair"]["why"] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("other", [["--threshold", "0.1"], ["--max-acc-drop", "2"], ["--number", "3"]])
+def test_one_operating_point(trained, tmp_path, other, capsys):
+    with pytest.raises(SystemExit):
+        step_3(trained, tmp_path, "--trigger-free", *other)
+    assert "not allowed with argument" in capsys.readouterr().err
