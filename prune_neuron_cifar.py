@@ -4,13 +4,13 @@ After steps 1 and 2:
     python prune_neuron_cifar.py --output-dir ./save --mask-file ./save/mask_values.txt \\
         --checkpoint ./save/last_model.th --trigger-info ./save/trigger_info.th
 
-The operating point is chosen from the defender's clean images alone: a fixed threshold (--threshold, by default the
-paper's 0.2), a fixed --number of neurons, or the last point of the sweep that costs at most --max-acc-drop percentage
-points of their accuracy.
+The operating point is chosen from the defender's clean images alone: a --threshold (the paper's 0.2 by default) or a
+--number of neurons, the last point of the sweep that costs at most --max-acc-drop percentage points of their accuracy,
+or what a detector and patches in the place of the trigger say (--trigger-free).
 
-Writes to the output folder: repaired_model.th and its card, pruning_by_threshold.txt (or pruning_by_number.txt), the
-same as .png, .pdf and _log.jsonl; with --compact also compact_model.th and its card, a smaller network of the same
-outputs; of another toolkit's checkpoint also repaired_model.LAYOUT.pt, for that toolkit.
+Writes to the output folder: repaired_model.th and its card; pruning_by_threshold (or _number).txt, .png, .pdf and
+_log.jsonl; trigger_free.json, .png and .pdf; with --compact a smaller network of the same outputs, compact_model.th; of
+another toolkit's checkpoint also repaired_model.LAYOUT.pt, for that toolkit.
 """
 
 if __name__ == "__main__":  # before the imports below, which take seconds
@@ -28,13 +28,13 @@ from defenses.defense import CleanImages
 from defenses.pruning import Choice, ChoiceConfig, SweepConfig, choose
 from defenses.trigger_free import TriggerFreeConfig, choose_trigger_free
 from engine.drive import drive
-from engine.evaluation import BatchConfig, is_ruined
+from engine.evaluation import BatchConfig, is_ruined, percent
 from engine.memory import check_step, pruning_bytes
 from engine.runtime import RuntimeConfig, choose_runtime
 from engine.sweep import SweepLoop
 from formats.mask_file import MaskFileConfig, check_source, held_out_share, read_masks
 from formats.outputs import OUTPUTS
-from formats.plots import plot_sweep
+from formats.plots import plot_sweep, plot_trigger_free
 from formats.pruning_file import write_sweep
 from formats.repaired import CompactConfig, save_compact, save_repaired
 from formats.subject import Subject, add_subject_flags, load_subject, remember
@@ -78,7 +78,6 @@ def choose_without_trigger(
     args: argparse.Namespace, run: Run, subject: Subject, neurons: list[Neuron], precision: torch.dtype
 ) -> Choice:
     """Choose the operating point by detector and patch; write down what they found."""
-    announce("looking for a backdoor, and for where it ends")
     judge = CleanImages.of(replace(subject, clean=subject.held_out)) if subject.held_out else None
     found = choose_trigger_free(
         subject.network,
@@ -89,9 +88,14 @@ def choose_without_trigger(
         judge,
         from_flags(TriggerFreeConfig, args),
         precision,
+        lambda name: announce(f"without the trigger: {name}"),
     )
     write_bytes(run.folder / "trigger_free.json", as_json(found.as_dict()))
-    return found.choice(neurons)
+    choice = found.choice(neurons)
+    if found.stop:
+        shares = percent(args.patch_left), percent(choice.point.count / len(neurons))
+        plot_trigger_free(run.folder / "trigger_free.png", found.curves(len(neurons)), *shares)
+    return choice
 
 
 def prune(args: argparse.Namespace, run: Run) -> None:
@@ -105,27 +109,25 @@ def prune(args: argparse.Namespace, run: Run) -> None:
     if (args.number or 0) > len(neurons):
         raise InputError(f"--number {args.number}: the network has {len(neurons)} neurons")
     check_step(pruning_bytes, subject.network, min(evaluator.batch_size, evaluator.largest), runtime, subject.clean)
-    points = from_flags(SweepConfig, args).points(neurons)
-    if not points:
+    if not (points := from_flags(SweepConfig, args).points(neurons)):
         raise InputError(f"--pruning-step {args.pruning_step:g}: the network has {len(neurons)} neurons")
     loop = SweepLoop(subject.network, neurons, points, evaluator)
     for _ in drive(run, loop, lambda: loop.rows[-1].report):
         pass
-    by = args.pruning_by
     rows = [(row.point.count, row.point.last, row.point.mask, row.report) for row in loop.rows]
-    write_sweep(run.folder / f"pruning_by_{by}.txt", rows)
+    write_sweep(run.folder / f"pruning_by_{args.pruning_by}.txt", rows)
     accuracies = [row.report.defender.accuracy for row in loop.rows]
-    if args.trigger_free:
-        choice = choose_without_trigger(args, run, subject, neurons, runtime.precision)
-    else:
-        choice = choose(neurons, loop.points, accuracies, from_flags(ChoiceConfig, args))
+    by_accuracy = partial(choose, neurons, loop.points, accuracies, from_flags(ChoiceConfig, args))
+    without_trigger = partial(choose_without_trigger, args, run, subject, neurons, runtime.precision)
+    choice = without_trigger() if args.trigger_free else by_accuracy()
     report = loop.report_of(choice.point)
     repair = {"method": "ANP", "chosen": choice.words, "pruned_neurons": choice.point.count, "why": choice.reason}
     repaired = pruned_copy(subject.network, loop.neurons[: choice.point.count])
     card = save_repaired(run, subject, repaired, repair, report)
-    plot_sweep(run.folder / f"pruning_by_{by}.png", run.log.rows, by, {**loop.describe(choice.point), **report.row()})
-    count, total = choice.point.count, len(neurons)
-    announce(f"chosen: {choice.words} ({choice.reason}): {count} of {total} neurons, {100 * count / total:.2f} %")
+    row = {**loop.describe(choice.point), **report.row()}
+    plot_sweep(run.folder / f"pruning_by_{args.pruning_by}.png", run.log.rows, args.pruning_by, row)
+    share = f"{choice.point.count} of {len(neurons)} neurons, {row['pruned %']:.2f} %"
+    announce(f"chosen: {choice.words} ({choice.reason}): {share}")
     announce(f"before: {loop.rows[0].report}")
     announce(f"after:  {report}")
     if is_ruined(accuracies[0], report.defender.accuracy, subject.judging):

@@ -109,6 +109,15 @@ class TriggerFree:
             neurons, self.stop.count, f"abstained at the accuracy cap: {moved}" if self.stop.abstained else moved
         )
 
+    def curves(self, neurons: int) -> dict[str, list[float]]:
+        """Return what the rule looked at, in percent, by what it is; ``neurons`` are there in all."""
+        rows = self.stop.rows if self.stop else []
+        return {
+            "neurons pruned (%)": [100 * row.count / neurons for row in rows],
+            f"patches for class {self.detection.suspect}: images moved": [100 * row.reached for row in rows],
+            "accuracy of the defender's images": [100 * row.accuracy for row in rows],
+        }
+
     def as_dict(self) -> dict[str, Any]:
         """Return all of it in plain containers."""
         return {"detection": self.detection.as_dict(), "stop": self.stop and asdict(self.stop)}
@@ -167,6 +176,7 @@ def choose_trigger_free(
     judge: CleanImages | None = None,
     config: TriggerFreeConfig | None = None,
     precision: torch.dtype = torch.float32,
+    tell: Callable[[str], None] = lambda name: None,
 ) -> TriggerFree:
     """Say whether a network is backdoored and, if it is, how much of it to prune, from clean images alone.
 
@@ -179,14 +189,16 @@ def choose_trigger_free(
         judge: clean images on which accuracy is measured, none of which the masks have seen; None: the same.
         config: the settings.
         precision: data type of convolutions and linear layers.
+        tell: called with the name of each part before it begins: margin, noise, patches.
 
     Raises:
         InputError: as ``detection.detect``.
     """
     config, size = config or TriggerFreeConfig(), tuple(pixels_of(learn, normalization).shape[1:3])
-    detection = detect(network, num_classes, size, normalization, learn, DetectionConfig(precision=precision))
+    detection = detect(network, num_classes, size, normalization, learn, DetectionConfig(precision=precision), tell)
     if not detection.backdoored:
         return TriggerFree(detection, None)
+    tell("patches")
     return TriggerFree(
         detection, stop_of(network, neurons, detection.suspect, learn, judge or learn, normalization, config, precision)
     )

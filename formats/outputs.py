@@ -15,11 +15,11 @@ TRAIN = (
 )
 MASKS = (r"mask_values\.(txt|json)", r"optimize_log\.jsonl", rf"mask_values{PICTURES}")
 REPAIRED = r"(repaired|compact)_model\.(th|json)|repaired_model\.[a-z-]+\.pt"
-TRIGGER_FREE = r"trigger_free\.json"
+TRIGGER_FREE = rf"trigger_free(\.json|{PICTURES})"
 SWEEPS = {
     by: (
         REPAIRED,
-        r"trigger_free\.json",
+        TRIGGER_FREE,
         rf"pruning_by_{by}\.txt",
         rf"pruning_by_{by}_log\.jsonl",
         rf"pruning_by_{by}{PICTURES}",

@@ -286,6 +286,30 @@ def plot_sweep(path: Path, rows: list[dict], by: str, chosen: dict) -> "Figure":
     return figure
 
 
+def plot_trigger_free(path: Path, curves: dict[str, list[float]], left: float, chosen: float) -> "Figure":
+    """Draw what a defender without the trigger sees as more and more neurons are pruned.
+
+    Args:
+        path: the PNG file; the PDF file lies beside it.
+        curves: in percent, by what they say; the first is the share of neurons pruned, the second what patches move.
+        left: percent; patches have failed that move at most this share of the images.
+        chosen: percent of the neurons.
+
+    Returns:
+        The figure as it was written.
+    """
+    (across, places), *lines = curves.items()
+    with _drawn(path, 6, 4.2) as figure:
+        axes = figure.subplots()
+        for (label, values), (_, colour, style, marker) in zip(lines, reversed(LINES.values()), strict=False):
+            axes.plot(places, values, label=label, color=colour, linestyle=style, marker=marker)
+        axes.axhline(left, color="0.6", linewidth=1, linestyle=":", label=f"patches have failed: {left:g} %")
+        axes.axvline(chosen, color="0.6", linewidth=1, label=f"chosen: {chosen:.2f} % of the neurons")
+        axes.set(xlabel=across, ylabel="images (%)", ylim=(-3, 103))
+        figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
 def _at_common_places(curves: list[dict[float, float]]) -> tuple[np.ndarray, np.ndarray]:
     """Return all places (P,) at which a run was measured, as far as every run reaches, and the runs' values (runs, P).
 
