@@ -37,6 +37,66 @@ def _of(file: str, *mutations: tuple[str, str, str, str]) -> list[Mutation]:
 
 MUTATIONS = [
     *_of(
+        "defenses/patches.py",
+        (
+            "patches: as large as they like",
+            "return Patches(targets, _bounded(found.masks, area), found.patterns)",
+            "return found",
+            "test_trigger_free.py -k as_large_as",
+        ),
+        (
+            "patches: images of the class itself",
+            "others = images[labels != target]",
+            "others = images",
+            "test_trigger_free.py -k class_itself",
+        ),
+        (
+            "patches: the second network is forgotten",
+            "if avoid is not None:",
+            "if False:",
+            "test_trigger_free.py -k fail_on_another",
+        ),
+        (
+            "patches: pixels that were not normalised",
+            "(inputs * std + mean)",
+            "inputs",
+            "test_trigger_free.py -k normalised",
+        ),
+    ),
+    *_of(
+        "defenses/trigger_free.py",
+        (
+            "trigger-free: one failure is enough",
+            "if all(pair)), None)",
+            "if pair[0]), None)",
+            "test_trigger_free.py -k fails_once",
+        ),
+        (
+            "trigger-free: the weakest patch counts",
+            "reached(logits_of(count), every, labels).max())",
+            "reached(logits_of(count), every, labels).min())",
+            "test_trigger_free.py -k strongest",
+        ),
+        (
+            "trigger-free: a patch that was not learnt",
+            "if reached(0) < LEARNT:",
+            "if False:",
+            "test_trigger_free.py -k behind_the_accuracy_cap",
+        ),
+        (
+            "trigger-free: benign networks are pruned",
+            "if not detection.backdoored:",
+            "if False:",
+            "test_trigger_free.py -k nothing_is_pruned",
+        ),
+        (
+            "trigger-free: no cap",
+            "if accuracy(count) < floor:",
+            "if False:",
+            "test_trigger_free.py -k grid_ends",
+        ),
+    ),
+    *_of(
         "defenses/detection.py",
         (
             "detector: the smallest margin",
@@ -1215,6 +1275,12 @@ MUTATIONS = [
     ),
     *_of(
         "data/published.py",
+        (
+            "published: any pickle is opened",
+            "if found != files[name]:",
+            "if False:",
+            "test_datasets.py -k another_checksum",
+        ),
         (
             "published: half an archive is a dataset",
             "    if found != expected:",

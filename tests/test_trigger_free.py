@@ -10,7 +10,7 @@ import prune_neuron_cifar as prune
 from data.datasets import Normalization
 from defenses.defense import CleanImages
 from defenses.detection import Detection
-from defenses.patches import PatchConfig, learn_patches, logits_of_pixels, pixels_of
+from defenses.patches import PatchConfig, Patches, learn_patches, logits_of_pixels, pixels_of
 from defenses.trigger_free import TriggerFree, TriggerFreeConfig, choose_trigger_free, grid, search, stop_of, within
 from models.neurons import Neuron
 from utils.errors import InputError
@@ -84,6 +84,19 @@ def test_a_patch_can_be_asked_to_fail_on_another_network():
     _, same = patches_of(Backdoored(), targets=(TARGET,), avoid=Backdoored())
     _, other = patches_of(Backdoored(), targets=(TARGET,), avoid=Backdoored(force=0.0))
     assert other > 0.95 and same < 0.5
+
+
+def test_a_patch_is_not_as_large_as_it_likes():
+    """After few steps, too, before its price has risen."""
+    found, _ = patches_of(Backdoored(), PatchConfig(patch_share=1 / 64, patch_steps=3))
+    assert (found.masks.sum((1, 2, 3)) <= 1 + 1e-4).all()
+
+
+def test_images_of_the_class_itself_are_not_moved_there():
+    """A patch that is not there moves none, though a sixth of the images are of the class already."""
+    clean, network = clean_images(), Backdoored(force=0.0).eval()
+    nothing = Patches(torch.tensor([TARGET]), torch.zeros(1, SIZE, SIZE, 1), torch.zeros(1, SIZE, SIZE, 3))
+    assert nothing.reached(logits_of_pixels(network, PLAIN, torch.float32), pixels_of(clean, PLAIN), clean.labels) == 0
 
 
 def test_patches_are_those_of_their_classes_alone():
@@ -174,11 +187,19 @@ def test_a_backdoor_behind_the_accuracy_cap_is_said_to_be_there():
     assert "abstained: no patch for class 3 that pruning stops" in found.choice(neurons).reason
 
 
-def test_the_strongest_patch_counts():
+def test_the_strongest_patch_counts(monkeypatch):
     """Some starts find nothing."""
-    alone, together = (rule(Backdoored(), neurons_of(), patches=count) for count in (1, 3))
-    assert together.learnt >= alone.learnt
-    assert rule(Backdoored(), neurons_of(), patches=3).count == 1
+    from defenses import trigger_free as module
+
+    learn = module.learn_patches
+
+    def one_finds_nothing(*given):
+        patches = learn(*given)
+        return Patches(patches.targets, patches.masks * torch.tensor([1.0, 0.0]).view(2, 1, 1, 1), patches.patterns)
+
+    monkeypatch.setattr(module, "learn_patches", one_finds_nothing)
+    stop = rule(Backdoored(), neurons_of())
+    assert stop.learnt > 0.95 and (stop.count, stop.abstained) == (1, False)
 
 
 @pytest.fixture

@@ -1,0 +1,151 @@
+"""What not knowing the trigger costs: step 3 with --trigger-free against the choices of somebody who knows more.
+
+Keep what a run of step 3 with --trigger-free, or of the detector, found out about a network:
+    python -m benchmarks.trigger_free collect ./save/trigger_free/sig-1 results/trigger_free/sig-1.json
+
+Print the tables of docs/trigger_free.md:
+    python -m benchmarks.trigger_free table
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from benchmarks.tables import ROOT, finished_log, markdown
+from defenses.pruning import PAPER_THRESHOLD, largest_within_drop
+from utils.errors import InputError
+from utils.files import as_json, read_json, write_bytes
+
+RESULTS = ROOT / "results" / "trigger_free"
+DEVELOPMENT = ("badnets-0", "badnets-1", "blend-0")  # on which the rule's constants were fixed
+TOLERANCE, ABOVE_BEST = 5.0, 1.0  # percent; an ASR that is low enough: up to the larger of 5 and 1 above the least
+COLUMNS = {
+    "pruned": "pruned",
+    "threshold": "threshold",
+    "defender": "defender acc %",
+    "C-Acc": "C-Acc %",
+    "ASR": "ASR %",
+}
+BUDGETS = (1, 2, 3)  # points of the defender's accuracy
+
+Result = dict[str, Any]
+
+
+def collect(folder: Path) -> Result:
+    """Return what step 3, or the detector, wrote to a folder.
+
+    Raises:
+        InputError: a file is missing or damaged, or the run has not ended.
+    """
+    if (folder / "detection.json").exists():
+        found = read_json(folder / "detection.json")
+        kept = {name: found[name] for name in ("backdoored", "suspect", "p_value", "statistics")}
+        return {"detection": kept, "stop": None, "sweep": [], "after": None}
+    _, rows = finished_log(folder, "pruning_by_threshold")
+    names = {
+        "pruned": "pruned",
+        "threshold": "threshold",
+        "defender": "defender acc %",
+        "C-Acc": "C-Acc %",
+        "ASR": "ASR %",
+    }
+    sweep = [{name: row[column] for name, column in names.items()} for row in rows]
+    card = read_json(folder / "repaired_model.json")
+    metrics = {"C-Acc": card["metrics"]["clean_accuracy"], "ASR": card["metrics"].get("attack_success_rate")}
+    after = {"pruned": card["repair"]["pruned_neurons"], **metrics}
+    return {**read_json(folder / "trigger_free.json"), "sweep": sweep, "after": after, "attack": card["attack"]}
+
+
+def tolerated(result: Result) -> float:
+    """Return up to which ASR, in percent, a network counts as repaired."""
+    return max(TOLERANCE, ABOVE_BEST + min(row["ASR"] for row in result["sweep"]))
+
+
+def oracle(result: Result) -> Result:
+    """Return the row that somebody chooses who knows the test ASR: the highest C-Acc of those low enough."""
+    rows = [row for row in (*result["sweep"], result["after"]) if row["ASR"] <= tolerated(result)]
+    return max(rows, key=lambda row: row["C-Acc"])
+
+
+def choices(result: Result) -> dict[str, Result]:
+    """Return what was chosen without the test ASR, by rule."""
+    sweep = result["sweep"]
+    accuracies = [row["defender"] / 100 for row in sweep]
+    fixed = next(row for row in sweep if row["threshold"] == PAPER_THRESHOLD)
+    budgets = {f"{drop} points": sweep[largest_within_drop(accuracies, drop / 100)] for drop in BUDGETS}
+    return {"without trigger": result["after"], "threshold 0.2": fixed, **budgets}
+
+
+def _pair(row: Result) -> str:
+    return f"{row['C-Acc']:.2f} / {row['ASR']:.2f}"
+
+
+def _judged(row: Result, result: Result) -> str:
+    """Return C-Acc / ASR, marked where the ASR is too high."""
+    return _pair(row) + ("" if row["ASR"] <= tolerated(result) else " *")
+
+
+def repairs_table(results: dict[str, Result]) -> str:
+    """One row for each backdoored network of which there is a sweep."""
+    rows = []
+    for name, result in results.items():
+        if result["sweep"]:
+            stop, found = result["stop"], result["detection"]
+            said = f"class {found['suspect']}" if found["backdoored"] else "none"
+            abstained = " (abstained)" if stop and stop["abstained"] else ""
+            cells = [_judged(row, result) for row in choices(result).values()]
+            rows.append([f"`{name}`", said + abstained, _pair(result["sweep"][0]), *cells, _pair(oracle(result))])
+    rules = ["without trigger", f"threshold {PAPER_THRESHOLD:g}", *(f"{drop} points" for drop in BUDGETS)]
+    return markdown(["network", "suspected", "before", *rules, "knows the ASR"], rows)
+
+
+def summary_table(results: dict[str, Result]) -> str:
+    """For each rule: how often the ASR stays too high and, where it does not, what not knowing it costs."""
+    swept = [result for name, result in results.items() if result["sweep"] and name not in DEVELOPMENT]
+    rows = []
+    for rule in choices(swept[0]) if swept else ():
+        chosen = [(choices(result)[rule], result) for result in swept]
+        costs = [oracle(result)["C-Acc"] - row["C-Acc"] for row, result in chosen if row["ASR"] <= tolerated(result)]
+        cost = f"{fmean(costs):.2f} (at most {max(costs):.2f})" if costs else "-"
+        rows.append([rule, f"{len(chosen) - len(costs)} of {len(chosen)}", cost])
+    return markdown(["choice", "ASR too high", "C-Acc lost against knowing it, where it is not"], rows)
+
+
+def load(folder: Path = RESULTS) -> dict[str, Result]:
+    """Return the results on file by network, those of the development first."""
+    names = sorted((path.stem for path in folder.glob("*.json")), key=lambda name: (name not in DEVELOPMENT, name))
+    return {name: json.loads((folder / f"{name}.json").read_text()) for name in names}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    collecting = commands.add_parser("collect", help="keep what a run found")
+    collecting.add_argument("folder", type=Path, help="of the run")
+    collecting.add_argument("output", type=Path, help="the result file")
+    commands.add_parser("table", help="print the tables")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Collect or print; returns the exit status."""
+    args = build_parser().parse_args(argv)
+    try:
+        if args.command == "collect":
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(args.output, as_json(collect(args.folder)))
+        else:
+            results = load()
+            print(repairs_table(results), summary_table(results), sep="\n")
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
