@@ -9,8 +9,8 @@ The operating point is chosen from the defender's clean images alone: a --thresh
 or what a detector and patches in the place of the trigger say (--trigger-free).
 
 Writes to the output folder: repaired_model.th and its card; pruning_by_threshold (or _number).txt, .png, .pdf and
-_log.jsonl; trigger_free.json, .png and .pdf; with --compact a smaller network of the same outputs, compact_model.th; of
-another toolkit's checkpoint also repaired_model.LAYOUT.pt, for that toolkit.
+_log.jsonl; with --trigger-free what it found, trigger_free.json, .png and .pdf; with --compact a smaller network of the
+same outputs, compact_model.th; of another toolkit's checkpoint also repaired_model.LAYOUT.pt, for that toolkit.
 """
 
 if __name__ == "__main__":  # before the imports below, which take seconds
@@ -19,14 +19,10 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     prepare_process()
 
 import argparse
-from dataclasses import replace
 from functools import partial
 
-import torch
-
-from defenses.defense import CleanImages
 from defenses.pruning import Choice, ChoiceConfig, SweepConfig, choose
-from defenses.trigger_free import TriggerFreeConfig, choose_trigger_free
+from defenses.trigger_free import TriggerFree, TriggerFreeConfig, choose_for
 from engine.drive import drive
 from engine.evaluation import BatchConfig, is_ruined, percent
 from engine.memory import check_step, pruning_bytes
@@ -37,10 +33,10 @@ from formats.outputs import OUTPUTS
 from formats.plots import plot_sweep, plot_trigger_free
 from formats.pruning_file import write_sweep
 from formats.repaired import CompactConfig, save_compact, save_repaired
-from formats.subject import Subject, add_subject_flags, load_subject, remember
+from formats.subject import add_subject_flags, load_subject, remember
 from formats.zoo import locate_inputs
 from models.neurons import Neuron, pruned_copy, sort_neurons
-from utils.config import add_flags, add_output_flags, from_flags, make_parser
+from utils.config import add_alternative_flags, add_flags, add_output_flags, from_flags, given_flags, make_parser
 from utils.console import announce, leave
 from utils.errors import InputError
 from utils.files import as_json, write_bytes
@@ -56,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_flags(group, BatchConfig)
     add_flags(group, SweepConfig)
     add_flags(group.add_mutually_exclusive_group(), ChoiceConfig)
-    add_flags(parser.add_argument_group("without the trigger"), TriggerFreeConfig)
+    add_alternative_flags(parser.add_argument_group("without the trigger"), {"--trigger-free": TriggerFreeConfig})
     add_flags(group, CompactConfig)
     add_flags(parser.add_argument_group("computation"), RuntimeConfig)
     add_output_flags(parser)
@@ -64,36 +60,26 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Parse, and refuse sweep limits that do not go with what is counted (exit status 2)."""
+    """Parse, and refuse flags that do not go together (exit status 2)."""
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
         from_flags(SweepConfig, args)
+        if not args.trigger_free and (given := given_flags(args, TriggerFreeConfig)):
+            raise ValueError(
+                f"--{next(iter(given)).replace('_', '-')} has no effect without --trigger-free; leave it out"
+            )
     except ValueError as error:
         parser.error(str(error))
     return args
 
 
-def choose_without_trigger(
-    args: argparse.Namespace, run: Run, subject: Subject, neurons: list[Neuron], precision: torch.dtype
-) -> Choice:
-    """Choose the operating point by detector and patch; write down what they found."""
-    judge = CleanImages.of(replace(subject, clean=subject.held_out)) if subject.held_out else None
-    found = choose_trigger_free(
-        subject.network,
-        neurons,
-        subject.clean.num_classes,
-        subject.normalization,
-        CleanImages.of(subject),
-        judge,
-        from_flags(TriggerFreeConfig, args),
-        precision,
-        lambda name: announce(f"without the trigger: {name}"),
-    )
+def write_down(run: Run, found: TriggerFree, neurons: list[Neuron]) -> Choice:
+    """Write and draw what was found without the trigger; returns the operating point."""
     write_bytes(run.folder / "trigger_free.json", as_json(found.as_dict()))
     choice = found.choice(neurons)
     if found.stop:
-        shares = percent(args.patch_left), percent(choice.point.count / len(neurons))
+        shares = percent(found.config.patch_left), percent(choice.point.count / len(neurons))
         plot_trigger_free(run.folder / "trigger_free.png", found.curves(len(neurons)), *shares)
     return choice
 
@@ -102,6 +88,7 @@ def prune(args: argparse.Namespace, run: Run) -> None:
     """Carry out step 3 in the run's folder."""
     runtime = choose_runtime(from_flags(RuntimeConfig, args), run)
     held_out = held_out_share(args.mask_file, args.val_frac, args.val_split)
+    run.rely_on({"held_out": held_out})
     subject, evaluator = load_subject(args, runtime, args.batch_size, held_out)
     remember(run, subject)
     check_source(args.mask_file, subject.card["repaired_from"]["sha256"])
@@ -111,15 +98,17 @@ def prune(args: argparse.Namespace, run: Run) -> None:
     check_step(pruning_bytes, subject.network, min(evaluator.batch_size, evaluator.largest), runtime, subject.clean)
     if not (points := from_flags(SweepConfig, args).points(neurons)):
         raise InputError(f"--pruning-step {args.pruning_step:g}: the network has {len(neurons)} neurons")
+    found = None
+    if args.trigger_free:  # before the sweep, which would be lost if this failed
+        found = choose_for(subject, neurons, from_flags(TriggerFreeConfig, args), runtime.precision, announce)
     loop = SweepLoop(subject.network, neurons, points, evaluator)
     for _ in drive(run, loop, lambda: loop.rows[-1].report):
         pass
     rows = [(row.point.count, row.point.last, row.point.mask, row.report) for row in loop.rows]
     write_sweep(run.folder / f"pruning_by_{args.pruning_by}.txt", rows)
     accuracies = [row.report.defender.accuracy for row in loop.rows]
-    by_accuracy = partial(choose, neurons, loop.points, accuracies, from_flags(ChoiceConfig, args))
-    without_trigger = partial(choose_without_trigger, args, run, subject, neurons, runtime.precision)
-    choice = without_trigger() if args.trigger_free else by_accuracy()
+    known = write_down(run, found, neurons) if found else None
+    choice = known or choose(neurons, loop.points, accuracies, from_flags(ChoiceConfig, args))
     report = loop.report_of(choice.point)
     repair = {"method": "ANP", "chosen": choice.words, "pruned_neurons": choice.point.count, "why": choice.reason}
     repaired = pruned_copy(subject.network, loop.neurons[: choice.point.count])

@@ -8,13 +8,12 @@ Print the tables of docs/trigger_free.md:
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.tables import ROOT, finished_log, markdown
+from benchmarks.tables import ROOT, TITLES, finished_log, markdown
 from defenses.pruning import PAPER_THRESHOLD, largest_within_drop
 from utils.errors import InputError
 from utils.files import as_json, read_json, write_bytes
@@ -40,19 +39,14 @@ def collect(folder: Path) -> Result:
     Raises:
         InputError: a file is missing or damaged, or the run has not ended.
     """
-    if (folder / "detection.json").exists():
+    if (folder / "detection.json").exists():  # which knows no attack: it was run on benign networks alone
         found = read_json(folder / "detection.json")
         kept = {name: found[name] for name in ("backdoored", "suspect", "p_value", "statistics")}
-        return {"detection": kept, "stop": None, "sweep": [], "after": None}
+        return {"detection": kept, "stop": None, "sweep": [], "after": None, "attack": {"poison_type": "benign"}}
     _, rows = finished_log(folder, "pruning_by_threshold")
-    names = {
-        "pruned": "pruned",
-        "threshold": "threshold",
-        "defender": "defender acc %",
-        "C-Acc": "C-Acc %",
-        "ASR": "ASR %",
-    }
-    sweep = [{name: row[column] for name, column in names.items()} for row in rows]
+    sweep = [{name: row[column] for name, column in COLUMNS.items()} for row in rows]
+    if any(row["ASR"] is None for row in sweep) or all(row["threshold"] != PAPER_THRESHOLD for row in sweep):
+        raise InputError(f"{folder}: expected a sweep past threshold {PAPER_THRESHOLD}, and an ASR in every row")
     card = read_json(folder / "repaired_model.json")
     metrics = {"C-Acc": card["metrics"]["clean_accuracy"], "ASR": card["metrics"].get("attack_success_rate")}
     after = {"pruned": card["repair"]["pruned_neurons"], **metrics}
@@ -102,6 +96,18 @@ def repairs_table(results: dict[str, Result]) -> str:
     return markdown(["network", "suspected", "before", *rules, "knows the ASR"], rows)
 
 
+def verdicts_table(results: dict[str, Result]) -> str:
+    """One row for each network: attack, target, class under suspicion and p-value."""
+    rows = []
+    for name, result in results.items():
+        attack, found = result["attack"], result["detection"]
+        target = attack.get("poison_target")
+        said = f"class {found['suspect']}" if found["backdoored"] else "-"
+        is_target = "-" if target is None else f"class {target}"
+        rows.append([f"`{name}`", TITLES[attack["poison_type"]], is_target, said, f"{found['p_value']:.2g}"])
+    return markdown(["network", "attack", "target", "suspected", "p"], rows)
+
+
 def summary_table(results: dict[str, Result]) -> str:
     """For each rule: how often the ASR stays too high and, where it does not, what not knowing it costs."""
     swept = [result for name, result in results.items() if result["sweep"] and name not in DEVELOPMENT]
@@ -115,9 +121,9 @@ def summary_table(results: dict[str, Result]) -> str:
 
 
 def load(folder: Path = RESULTS) -> dict[str, Result]:
-    """Return the results on file by network, those of the development first."""
+    """Return the results on file by network, the development's first; raises ``InputError`` for a damaged file."""
     names = sorted((path.stem for path in folder.glob("*.json")), key=lambda name: (name not in DEVELOPMENT, name))
-    return {name: json.loads((folder / f"{name}.json").read_text()) for name in names}
+    return {name: read_json(folder / f"{name}.json") for name in names}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -140,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
             write_bytes(args.output, as_json(collect(args.folder)))
         else:
             results = load()
-            print(repairs_table(results), summary_table(results), sep="\n")
+            print(verdicts_table(results), repairs_table(results), summary_table(results), sep="\n")
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -101,21 +101,26 @@ def _unpickle(folder: Path, files: dict[str, str]) -> list[dict[str, Any]]:
         check_file(folder / name)
     with ThreadPoolExecutor() as pool:
         contents = list(pool.map(lambda name: (folder / name).read_bytes(), files))
-        sums = list(pool.map(lambda content: hashlib.md5(content).hexdigest(), contents))
+        sums = list(pool.map(lambda content: hashlib.md5(content, usedforsecurity=False).hexdigest(), contents))
     for name, found in zip(files, sums, strict=True):
         if found != files[name]:
             raise InputError(f"{folder / name}: its MD5 is {found}, that of the published file {files[name]}")
     return [pickle.loads(content, encoding="latin1") for content in contents]
 
 
-def _read_cifar(kind: str, folder: Path, files: dict[str, str], title: str) -> list[dict[str, Any]]:
-    """Return what is in the files of a CIFAR, downloaded by torchvision's class of that name where it has to be."""
+def _read_cifar(name: str, folder: Path, files: dict[str, str], title: str) -> list[dict[str, Any]]:
+    """Return what is in the files of a CIFAR, downloaded by torchvision's class of that name where it has to be.
+
+    Raises:
+        InputError: a file is missing or damaged, and cannot be downloaded.
+    """
     try:
         return _unpickle(folder, files)
-    except InputError:
+    except InputError as error:
         from torchvision import datasets
 
-        kind, root = getattr(datasets, kind), folder.parent
+        announce(str(error))
+        kind, root = getattr(datasets, name), folder.parent
         remedy = f"unpack there {kind.filename} from {CIFAR_PAGE}"
         _download(lambda: kind(root, download=True), title, root, remedy)
         return _unpickle(folder, files)

@@ -34,12 +34,12 @@ class PatchConfig(Config):
     """
 
     patch_share: float = setting(
-        1 / 64, "size of the patches that stand in for the trigger, as a share of the image", Range(0, 1, open_low=True)
+        1 / 64, "largest sum of a patch's mask, as a share of the pixels", Range(0, 1, open_low=True)
     )
     patch_steps: int = setting(200, "updates of a patch", Range(1, 1e6))
     patch_images: int = setting(16, "images in an update", Range(1, 1e6))
     patch_rate: float = setting(0.1, "learning rate of the patches", Range(0, open_low=True))
-    seed: int = setting(0, "decides where patches begin and which images they see", Range(0))
+    patch_seed: int = setting(0, "decides where patches begin and which images they see", Range(0))
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,14 @@ def pixels_of(clean: CleanImages, normalization: Normalization) -> Tensor:
     Args:
         clean: the images.
         normalization: of the network's input.
+
+    Raises:
+        InputError: they are no images of three channels.
     """
-    inputs = torch.cat([inputs for inputs, _ in clean.batches()]).permute(0, 2, 3, 1).float()  # (N, H, W, 3)
+    inputs = torch.cat([inputs for inputs, _ in clean.batches()])
+    if inputs.dim() != 4 or inputs.shape[1] != 3:
+        raise InputError(f"a patch needs images (N, 3, H, W), got {tuple(inputs.shape)}")
+    inputs = inputs.permute(0, 2, 3, 1).float()  # (N, H, W, 3)
     mean, std = (torch.tensor(part, device=inputs.device) for part in (normalization.mean, normalization.std))
     return (inputs * std + mean).clamp(0, 1)
 
@@ -134,7 +140,7 @@ def learn_patches(
     Raises:
         InputError: all images are of one of the classes.
     """
-    generator = seeded_generator(config.seed, "patches")
+    generator = seeded_generator(config.patch_seed, "patches")
     _, height, width, _ = images.shape
     area = config.patch_share * height * width
     start = torch.randn(len(targets), height, width, 4, generator=generator) * 0.1

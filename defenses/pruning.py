@@ -166,8 +166,10 @@ def choose(neurons: list[Neuron], points: list[PruningPoint], accuracies: list[f
         config: a fixed threshold or number, or the largest accepted drop.
 
     Raises:
-        ValueError: there are not so many neurons.
+        ValueError: there are not so many neurons, or the choice takes more than accuracies: ``choose_trigger_free``.
     """
+    if config.trigger_free:
+        raise ValueError("trigger_free is no choice from accuracies; call defenses.trigger_free.choose_trigger_free")
     if config.number is not None:
         return choice_of(neurons, config.number, "--number")
     max_drop = config.max_acc_drop

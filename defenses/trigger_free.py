@@ -3,12 +3,12 @@
 The detector names a class under suspicion. A patch of bounded size is learnt that sends images to that class in the
 untouched network, but not in one pruned as far as its accuracy allows: so it uses what pruning can remove, as the
 trigger does, and no natural features of the class. Then the network is pruned until the patch fails. The constants were
-fixed on five networks, docs/trigger_free.md says which.
+fixed on three networks; docs/trigger_free.md says which.
 """
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -21,9 +21,11 @@ from defenses.defense import BATCH, CleanImages
 from defenses.detection import Detection, DetectionConfig, detect
 from defenses.patches import Logits, PatchConfig, learn_patches, logits_of_pixels, pixels_of
 from defenses.pruning import PAPER_THRESHOLD, Choice, choice_of
+from formats.subject import Subject
 from models.neurons import Neuron, pruned_copy, threshold_point
 from utils.config import Range, setting
 
+SAID = "without the trigger: "  # before the name of each part
 FIRST, GROWTH, LAST = 0.005, 1.2, 0.5  # of the grid: its first point, the ratio of two, its last; shares of the neurons
 LEARNT = 0.5  # share of the images that a patch has to move in the untouched network to stand in for a trigger
 
@@ -38,11 +40,13 @@ class TriggerFreeConfig(PatchConfig):
 
     patches: int = setting(2, "patches, each from another start; the strongest counts", Range(1, 1000))
     patch_left: float = setting(
-        0.16, "--trigger-free stops where the patches move at most this share of the images", Range(0, 1)
+        0.16,
+        "stop where the patches move at most this share of the images of other classes",
+        Range(0, LEARNT, open_high=True),
     )
     accuracy_cap: float = setting(
         10.0,
-        "--trigger-free never costs more than this many percentage points of the defender's accuracy",
+        "never lose more than this many percentage points of the defender's accuracy",
         Range(0, 100),
     )
 
@@ -86,23 +90,32 @@ class TriggerFree:
     Attributes:
         detection: whether there is a backdoor, and to which class.
         stop: where to stop pruning; None where no backdoor was found.
+        config: the settings.
     """
 
     detection: Detection
     stop: Stop | None
+    config: TriggerFreeConfig
 
     def choice(self, neurons: list[Neuron]) -> Choice:
-        """Return the operating point, in words and why; ``neurons`` are sorted by mask."""
+        """Return the operating point, in words and why.
+
+        Args:
+            neurons: those that were looked at, sorted by mask.
+
+        Raises:
+            ValueError: there are fewer.
+        """
         if self.stop is None:
             return choice_of(neurons, 0, f"no backdoor was found, p = {self.detection.p_value:.2g}")
         if self.stop.count is None:
-            point = threshold_point(neurons, PAPER_THRESHOLD)
+            count = min(threshold_point(neurons, PAPER_THRESHOLD).count, self.stop.rows[-1].count)
             missing = f"no patch for class {self.detection.suspect} that pruning stops"
-            reason = f"abstained: {missing}; the paper's threshold instead"
-            return choice_of(neurons, point.count, reason)
+            reason = f"abstained: {missing}; the paper's threshold instead, within the accuracy cap"
+            return choice_of(neurons, count, reason)
         left = next(row.reached for row in self.stop.rows if row.count == self.stop.count)
         moved = (
-            f"the patch for class {self.detection.suspect} moves {100 * left:.0f} % of the clean images there, "
+            f"the patch for class {self.detection.suspect} moves {100 * left:.0f} % of other classes' images there, "
             f"{100 * self.stop.learnt:.0f} % before"
         )
         return choice_of(
@@ -120,7 +133,11 @@ class TriggerFree:
 
     def as_dict(self) -> dict[str, Any]:
         """Return all of it in plain containers."""
-        return {"detection": self.detection.as_dict(), "stop": self.stop and asdict(self.stop)}
+        return {
+            "detection": self.detection.as_dict(),
+            "stop": self.stop and asdict(self.stop),
+            "settings": asdict(self.config),
+        }
 
 
 def grid(neurons: int) -> Iterator[int]:
@@ -128,9 +145,11 @@ def grid(neurons: int) -> Iterator[int]:
     yield 0
     share, before = FIRST, 0
     while share <= LAST:
-        count = max(before + 1, round(share * neurons))
-        yield count
-        share, before = share * GROWTH, count
+        count = round(share * neurons)
+        if count > before:
+            yield count
+            before = count
+        share *= GROWTH
 
 
 def within(accuracy: Callable[[int], float], neurons: int, cap: float) -> list[int]:
@@ -150,7 +169,7 @@ def within(accuracy: Callable[[int], float], neurons: int, cap: float) -> list[i
 
 
 def search(reached: Callable[[int], float], counts: list[int], left: float) -> tuple[int, bool]:
-    """Find the first point of the grid at which the patches have failed, there and at the next one.
+    """Find the first point of the grid at which the patches have failed, there and at the next one, if there is one.
 
     The point is not refined towards the one before, since patches fail a little before the trigger does.
 
@@ -167,6 +186,7 @@ def search(reached: Callable[[int], float], counts: list[int], left: float) -> t
     return (counts[-1], True) if first is None else (counts[first], False)
 
 
+@torch.inference_mode(False)  # whatever the caller has set
 def choose_trigger_free(
     network: nn.Module,
     neurons: list[Neuron],
@@ -176,7 +196,7 @@ def choose_trigger_free(
     judge: CleanImages | None = None,
     config: TriggerFreeConfig | None = None,
     precision: torch.dtype = torch.float32,
-    tell: Callable[[str], None] = lambda name: None,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> TriggerFree:
     """Say whether a network is backdoored and, if it is, how much of it to prune, from clean images alone.
 
@@ -189,21 +209,37 @@ def choose_trigger_free(
         judge: clean images on which accuracy is measured, none of which the masks have seen; None: the same.
         config: the settings.
         precision: data type of convolutions and linear layers.
-        tell: called with the name of each part before it begins: margin, noise, patches.
+        tell: called with a line about each part before it begins.
 
     Raises:
-        InputError: as ``detection.detect``.
+        InputError: as ``detection.detect`` and ``stop_of``.
+        ValueError: a neuron is not in the network.
     """
     config, size = config or TriggerFreeConfig(), tuple(pixels_of(learn, normalization).shape[1:3])
-    detection = detect(network, num_classes, size, normalization, learn, DetectionConfig(precision=precision), tell)
+    detecting = DetectionConfig(precision=precision)
+    detection = detect(network, num_classes, size, normalization, learn, detecting, lambda name: tell(SAID + name))
     if not detection.backdoored:
-        return TriggerFree(detection, None)
-    tell("patches")
-    return TriggerFree(
-        detection, stop_of(network, neurons, detection.suspect, learn, judge or learn, normalization, config, precision)
-    )
+        return TriggerFree(detection, None, config)
+    tell(SAID + "patches")
+    stop = stop_of(network, neurons, detection.suspect, learn, judge or learn, normalization, config, precision)
+    return TriggerFree(detection, stop, config)
 
 
+def choose_for(
+    subject: Subject,
+    neurons: list[Neuron],
+    config: TriggerFreeConfig,
+    precision: torch.dtype = torch.float32,
+    tell: Callable[[str], None] = lambda line: None,
+) -> TriggerFree:
+    """Call ``choose_trigger_free`` for the defender's view: images that were held out are those to judge by."""
+    judge = CleanImages.of(replace(subject, clean=subject.held_out)) if subject.held_out else None
+    classes, scale = subject.clean.num_classes, subject.normalization
+    learn = CleanImages.of(subject)
+    return choose_trigger_free(subject.network, neurons, classes, scale, learn, judge, config, precision, tell)
+
+
+@torch.inference_mode(False)
 def stop_of(
     network: nn.Module,
     neurons: list[Neuron],
@@ -227,7 +263,8 @@ def stop_of(
         precision: data type of convolutions and linear layers.
 
     Raises:
-        InputError: all images are of one class.
+        InputError: all images are of one class, or have not three channels.
+        ValueError: a neuron is not in the network.
     """
     network = copy.deepcopy(network).requires_grad_(False).eval()
     pixels = [pixels_of(clean, normalization) for clean in (learn, judge)]

@@ -85,8 +85,8 @@ def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextMan
 def gains_from_bfloat16(device: torch.device, cpuinfo: str | Path = "/proc/cpuinfo") -> bool:
     """Say whether the hardware computes faster in bfloat16 than in float32.
 
-    CUDA from compute capability 8; CPUs with AMX, with ARM's instructions, or AMD's with AVX512-BF16. Intel's with
-    AVX512-BF16 but without AMX have the instructions, and were slower (docs/speed.md).
+    CPUs with AMX and AMD's with AVX512-BF16 were faster when measured, Intel's with AVX512-BF16 but without AMX slower
+    (docs/speed.md). Not measured, but taken to be faster: ARM's with such instructions, CUDA from compute capability 8.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)

@@ -98,7 +98,7 @@ def _is_text(value: Any) -> bool:
 
 def _is_held_out(value: Any) -> bool:
     names = {"val_frac", "val_split"}
-    return isinstance(value, dict) and value.keys() == names and all(map(_is_number_in(Range(0, 1)), value.values()))
+    return isinstance(value, dict) and value.keys() == names and all(map(_is_number_in(Range(0, 0.5)), value.values()))
 
 
 def _is_metrics(value: Any) -> bool:

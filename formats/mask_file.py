@@ -61,7 +61,7 @@ def held_out_share(path: str | Path, val_frac: float, val_split: float | None) -
         val_split: what the user says; None: nothing.
 
     Raises:
-        InputError: the user says something else than the card.
+        InputError: the user says something else than the card, or as ``read_card``.
     """
     card = read_card(path) if os.path.lexists(path) else None
     if card is None:

@@ -148,6 +148,7 @@ def test_free_memory(tmp_path, files, free):
         ("GenuineIntel", "avx512f avx512_bf16 amx_bf16 amx_tile", True),
         ("AuthenticAMD", "avx512f", False),
         ("AuthenticAMD", "avx512f avx512_bf16", True),
+        ("an ARM", "asimd bf16", True),
     ],
 )
 def test_which_cpus_gain_from_bfloat16(tmp_path, vendor, flags, gains):

@@ -11,6 +11,7 @@ from data.datasets import Normalization
 from defenses.defense import CleanImages
 from defenses.detection import Detection
 from defenses.patches import PatchConfig, Patches, learn_patches, logits_of_pixels, pixels_of
+from defenses.pruning import ChoiceConfig, choose
 from defenses.trigger_free import TriggerFree, TriggerFreeConfig, choose_trigger_free, grid, search, stop_of, within
 from models.neurons import Neuron
 from utils.errors import InputError
@@ -100,13 +101,14 @@ def test_images_of_the_class_itself_are_not_moved_there():
 
 
 def test_patches_are_those_of_their_classes_alone():
-    """The order of the classes decides where each begins, nothing else."""
     shares = {target: patches_of(Backdoored(target=target), targets=(1, target))[1][1] for target in (0, 2, 5)}
     assert min(shares.values()) > 0.95
 
 
 def test_the_same_seed_makes_the_same_patches():
-    (first, _), (second, _), (third, _) = (patches_of(Backdoored(), PatchConfig(**QUICK, seed=s)) for s in (0, 0, 1))
+    (first, _), (second, _), (third, _) = (
+        patches_of(Backdoored(), PatchConfig(**QUICK, patch_seed=s)) for s in (0, 0, 1)
+    )
     assert torch.equal(first.masks, second.masks) and torch.equal(first.patterns, second.patterns)
     assert not torch.equal(first.masks, third.masks)
 
@@ -132,7 +134,8 @@ def test_images_of_one_class_teach_no_patch():
 def test_the_grid_is_geometric_and_rises():
     counts = list(grid(1200))
     assert counts[:4] == [0, 6, 7, 9] and counts == sorted(set(counts)) and 500 < counts[-1] <= 600
-    assert list(grid(3)) == sorted(set(grid(3))) and max(grid(1)) >= 1
+    for neurons in (1, 2, 8, 50):
+        assert max(grid(neurons)) <= neurons / 2 and list(grid(neurons)) == sorted(set(grid(neurons)))
 
 
 def test_pruning_stops_at_the_first_point_where_the_patch_fails():
@@ -182,8 +185,8 @@ def test_a_backdoor_behind_the_accuracy_cap_is_said_to_be_there():
     stop = rule(Backdoored(), neurons, accuracy_cap=5.0)
     assert (stop.count, stop.abstained) == (None, True) and stop.learnt < 0.5
     assert not rule(Backdoored(), neurons, accuracy_cap=30.0).abstained
-    found = TriggerFree(Detection({}, True, TARGET, 0.01), stop)
-    assert found.choice(neurons).point.count == 3  # masks of 0, 0.1 and 0.2
+    found = TriggerFree(Detection({}, True, TARGET, 0.01), stop, TriggerFreeConfig())
+    assert found.choice(neurons).point.count == 1  # three masks are up to 0.2, but the cap comes first
     assert "abstained: no patch for class 3 that pruning stops" in found.choice(neurons).reason
 
 
@@ -228,7 +231,7 @@ def test_the_choice_in_words(verdict):
     found = choose_trigger_free(network, neurons_of(), CLASSES, PLAIN, clean_images(), None, config)
     choice = found.choice(neurons_of())
     assert choice.point.count == 1 and choice.words == "prune the 1 neurons of smallest mask, up to 0"
-    assert choice.reason.startswith("the patch for class 3 moves 0 % of the clean images there, ")
+    assert choice.reason.startswith("the patch for class 3 moves 0 % of other classes' images there, ")
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert json.loads(json.dumps(found.as_dict()))["stop"]["count"] == 1
 
@@ -238,8 +241,9 @@ def test_the_choice_in_words(verdict):
 
 def step_3(folder, output, *flags):
     source = ["--checkpoint", f"{folder}/last_model.th", "--mask-file", f"{folder}/mask_values.txt"]
-    quick = ["--patch-steps", "2", "--pruning-max", "0.2", "--precision", "fp32", "--val-frac", "0.1"]
-    return prune.main([*source, *quick, "--output-dir", str(output), *flags])
+    quick = ["--pruning-max", "0.2", "--precision", "fp32", "--val-frac", "0.1"]
+    patches = ["--patch-steps", "2"] if "--trigger-free" in flags else []
+    return prune.main([*source, *quick, *patches, "--output-dir", str(output), *flags])
 
 
 def test_step_3_writes_down_what_it_found(trained, tmp_path, capsys):
@@ -253,6 +257,43 @@ def test_step_3_writes_down_what_it_found(trained, tmp_path, capsys):
     card = json.loads((tmp_path / "a" / "repaired_model.json").read_text())
     assert card["repair"]["pruned_neurons"] == (found["stop"]["count"] if found["stop"] else 0)
     assert card["repair"]["why"] in capsys.readouterr().out
+
+
+def test_step_3_draws_where_there_is_a_suspicion(trained, tmp_path, verdict):
+    """Again with --overwrite where there is none: the pictures of before are gone."""
+    verdict(True)
+    assert step_3(trained, tmp_path, "--trigger-free") == 0
+    stop = json.loads((tmp_path / "trigger_free.json").read_text())["stop"]
+    assert stop["rows"][0]["count"] == 0
+    pictures = [tmp_path / f"trigger_free.{suffix}" for suffix in ("png", "pdf")]
+    assert all(picture.stat().st_size > 1000 for picture in pictures)
+    verdict(False)
+    assert step_3(trained, tmp_path, "--trigger-free", "--overwrite") == 0
+    assert not any(picture.exists() for picture in pictures)
+    card = json.loads((tmp_path / "repaired_model.json").read_text())
+    assert card["repair"]["pruned_neurons"] == 0 and card["repair"]["why"] == "no backdoor was found, p = 0.5"
+
+
+def test_flags_of_the_patches_need_the_rule(trained, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        step_3(trained, tmp_path, "--patches", "3")
+    assert "--patches has no effect without --trigger-free; leave it out" in capsys.readouterr().err
+
+
+def test_accuracies_alone_do_not_choose_it():
+    with pytest.raises(ValueError, match="choose_trigger_free"):
+        choose(neurons_of(), [], [], ChoiceConfig(trigger_free=True))
+
+
+def test_grey_images_have_no_patch():
+    clean = CleanImages(torch.rand(8, 1, SIZE, SIZE), torch.arange(8) % 2)
+    with pytest.raises(InputError, match=r"a patch needs images .N, 3, H, W., got .8, 1, 8, 8."):
+        pixels_of(clean, PLAIN)
+
+
+@torch.inference_mode()
+def test_the_callers_mode_plays_no_part():
+    assert rule(Backdoored(), neurons_of()).count == 1
 
 
 @pytest.mark.parametrize("other", [["--threshold", "0.1"], ["--max-acc-drop", "2"], ["--number", "3"]])
