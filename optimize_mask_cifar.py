@@ -66,10 +66,11 @@ class SeedsConfig(Config):
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of step 2."""
     parser = make_parser(__doc__)
-    add_flags(add_subject_flags(parser), HoldOutConfig)
+    add_subject_flags(parser)
     group = parser.add_argument_group("adversarial neuron pruning")
     add_flags(group, AnpConfig)
     add_flags(group, SeedsConfig)
+    add_flags(group, HoldOutConfig)
     add_flags(group, LogConfig)
     add_flags(parser.add_argument_group("computation"), RuntimeConfig)
     add_output_flags(parser)

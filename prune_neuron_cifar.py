@@ -107,8 +107,8 @@ def prune(args: argparse.Namespace, run: Run) -> None:
     rows = [(row.point.count, row.point.last, row.point.mask, row.report) for row in loop.rows]
     write_sweep(run.folder / f"pruning_by_{args.pruning_by}.txt", rows)
     accuracies = [row.report.defender.accuracy for row in loop.rows]
-    known = write_down(run, found, neurons) if found else None
-    choice = known or choose(neurons, loop.points, accuracies, from_flags(ChoiceConfig, args))
+    config = from_flags(ChoiceConfig, args)
+    choice = write_down(run, found, neurons) if found else choose(neurons, loop.points, accuracies, config)
     report = loop.report_of(choice.point)
     repair = {"method": "ANP", "chosen": choice.words, "pruned_neurons": choice.point.count, "why": choice.reason}
     repaired = pruned_copy(subject.network, loop.neurons[: choice.point.count])

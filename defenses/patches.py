@@ -117,6 +117,12 @@ def _bounded(mask: Tensor, area: float) -> Tensor:
     return mask * (area / mask.sum((1, 2, 3), keepdim=True)).clamp_max(1)
 
 
+def _draw(places: list[Tensor], count: int, generator: torch.Generator) -> Tensor:
+    """Draw ``count`` of each of some sets of places, with replacement: int64 (len(places), count)."""
+    draws = torch.rand(len(places), count, generator=generator)
+    return torch.stack([each[(draw * len(each)).long()] for each, draw in zip(places, draws, strict=True)])
+
+
 @torch.inference_mode(False)
 @torch.enable_grad()
 def learn_patches(
@@ -157,8 +163,7 @@ def learn_patches(
     price = torch.full((len(targets),), FIRST_PRICE, device=images.device)  # of a pixel, in nats
     wanted = targets.to(images.device).repeat_interleave(config.patch_images)  # (T * B,)
     for _ in range(config.patch_steps):
-        draws = torch.rand(len(targets), config.patch_images, generator=generator)
-        index = torch.stack([each[(draw * len(each)).long()] for each, draw in zip(others, draws, strict=True)])
+        index = _draw(others, config.patch_images, generator)  # (T, B)
         current = patches()
         seen = current.on(images[index]).flatten(0, 1)  # (T * B, H, W, 3)
         sizes = current.masks.sum((1, 2, 3))  # (T,)

@@ -14,10 +14,10 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from data.datasets import Normalization
-from defenses.defense import BATCH, CleanImages
+from defenses.defense import CleanImages
 from defenses.detection import Detection, DetectionConfig, detect
 from defenses.patches import Logits, PatchConfig, learn_patches, logits_of_pixels, pixels_of
 from defenses.pruning import PAPER_THRESHOLD, Choice, choice_of
@@ -267,20 +267,20 @@ def stop_of(
         ValueError: a neuron is not in the network.
     """
     network = copy.deepcopy(network).requires_grad_(False).eval()
-    pixels = [pixels_of(clean, normalization) for clean in (learn, judge)]
+    parts = [learn] if judge is learn else [learn, judge]
+    pixels = [pixels_of(part, normalization) for part in parts]
 
     def logits_of(count: int) -> Logits:
         return logits_of_pixels(pruned_copy(network, neurons[:count]), normalization, precision)
 
     @cache
     def accuracy(count: int) -> float:
-        return _accuracy(logits_of(count), pixels[1], judge.labels)
+        return judge.accuracy(pruned_copy(network, neurons[:count]), precision)
 
     counts = within(accuracy, len(neurons), config.accuracy_cap / 100)
     target = torch.tensor([suspect] * config.patches)
     patches = learn_patches(logits_of(0), pixels[0], learn.labels, target, config, logits_of(counts[-1]))
-    parts = [learn] if judge is learn else [learn, judge]
-    every, labels = torch.cat(pixels[: len(parts)]), torch.cat([part.labels for part in parts])
+    every, labels = torch.cat(pixels), torch.cat([part.labels for part in parts])
 
     @cache
     def reached(count: int) -> float:
@@ -290,10 +290,3 @@ def stop_of(
     if reached(0) < LEARNT:
         return Stop(None, True, reached(0), rows)
     return Stop(*search(reached, counts, config.patch_left), reached(0), rows)
-
-
-@torch.no_grad()
-def _accuracy(logits_of: Logits, images: Tensor, labels: Tensor) -> float:
-    """Return the share of right answers, 0..1."""
-    answers = [logits_of(part).argmax(1) for part in images.split(BATCH)]
-    return float((torch.cat(answers) == labels).float().mean())

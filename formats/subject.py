@@ -77,17 +77,12 @@ def hold_out(subject: Subject, share: float) -> Subject:
     return replace(subject, clean=subject.clean[:-count], held_out=subject.clean[-count:])
 
 
-def add_subject_flags(parser: argparse.ArgumentParser, attack: bool = True) -> argparse._ArgumentGroup:
-    """Add what steps 2 and 3 share: the network to repair, the trigger unless it is out of place, the clean images.
-
-    Returns:
-        The group of the clean images.
-    """
+def add_subject_flags(parser: argparse.ArgumentParser, attack: bool = True) -> None:
+    """Add what steps 2 and 3 share: the network to repair, the trigger unless it is out of place, the clean images."""
     add_network_flags(parser, attack)
     group = parser.add_argument_group("clean images")
     add_flags(group, SubjectConfig)
     add_flags(group, SourceConfig)
-    return group
 
 
 def _permutation(path: str, split_file: str | None, card: dict[str, Any], size: int) -> tuple[str | None, Tensor]:
