@@ -142,8 +142,9 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         if args.command == "collect":
+            content = as_json(collect(args.folder))
             args.output.parent.mkdir(parents=True, exist_ok=True)
-            write_bytes(args.output, as_json(collect(args.folder)))
+            write_bytes(args.output, content)
         else:
             results = load()
             print(verdicts_table(results), repairs_table(results), summary_table(results), sep="\n")

@@ -79,8 +79,8 @@ def test_what_a_run_of_step_3_found_is_kept(trained, tmp_path):
 
 
 def test_a_folder_without_a_run(tmp_path, capsys):
-    assert trigger_free.main(["collect", str(tmp_path), str(tmp_path / "x.json")]) == 1
-    assert "no such file" in capsys.readouterr().err
+    assert trigger_free.main(["collect", str(tmp_path), str(tmp_path / "new" / "x.json")]) == 1
+    assert "no such file" in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 
 def test_the_page_shows_what_is_on_file(capsys):
