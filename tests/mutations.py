@@ -1108,8 +1108,8 @@ MUTATIONS = [
         ),
         (
             "evaluated on the training set",
-            "test, clean = loaded.dataset.test, subject.clean",
-            "test, clean = loaded.dataset.train, subject.clean",
+            "test, clean = loaded.dataset.test, subject.judging",
+            "test, clean = loaded.dataset.train, subject.judging",
             "test_scripts.py -k defender_holds",
         ),
         (

@@ -29,6 +29,7 @@ from attacks.clean_label import IMAGES, LABELS, RECIPE
 from data.datasets import ImageSet
 from data.split import draw_permutation
 from formats.cards import read_card
+from formats.subject import Subject
 from tests.conftest import WIDTH
 from tests.small import interrupt_after
 from utils.errors import InputError
@@ -942,13 +943,11 @@ def test_an_attack_that_failed_is_said(limit, said, folder, capsys, monkeypatch)
 
 
 def test_masks_that_leave_a_guessing_network(folder):
-    class Subject:
-        clean = ImageSet(torch.zeros(60, 1), torch.zeros(60, dtype=torch.int64), 10)
-
+    subject = Subject(None, None, True, ImageSet(torch.zeros(60, 1), torch.zeros(60, dtype=torch.int64), 10), {})
     rows = [{"defender acc %": 90.0}, {"defender acc %": 10.0}]
     with pytest.raises(InputError, match=r"only guesses \(10.0 % of the clean images, 90.0 % before\).*lower --lr"):
-        optimize.refuse_useless(rows, Subject)
-    optimize.refuse_useless(rows[::-1], Subject)
+        optimize.refuse_useless(rows, subject)
+    optimize.refuse_useless(rows[::-1], subject)
 
 
 @pytest.mark.parametrize("ruined", [True, False])
