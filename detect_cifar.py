@@ -3,8 +3,9 @@
 A network of the zoo (about half a minute on a CPU core):
     python detect_cifar.py --output-dir save/detection --checkpoint badnets-0
 
-Each class gets a margin and a share of images that a noise sends there (docs/detection.md says what they are); a class
-that stands out is suspected. The trigger cannot be given, and no test image is looked at.
+Each class gets a margin and a share of images that a noise sends there; a class that stands out is suspected. For
+attacks without a single target, each class is assigned to another one. docs/detection.md says what all that is. The
+trigger cannot be given, and no test image is looked at.
 
 Writes to the output folder: detection.json, the same as .png and .pdf, detect_log.jsonl with the table.
 """
@@ -15,10 +16,12 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     prepare_process()
 
 import argparse
+from collections.abc import Sequence
 from functools import partial
 
+from defenses.all_to_all import PER_CLASS
 from defenses.defense import CleanImages
-from defenses.detection import DetectionConfig, count_images, detect
+from defenses.detection import Detection, DetectionConfig, count_images, detect
 from engine.runtime import RuntimeConfig, choose_runtime
 from formats.outputs import OUTPUTS
 from formats.plots import plot_detection
@@ -29,8 +32,7 @@ from utils.console import announce, leave
 from utils.files import as_json, write_bytes
 from utils.run import Run, command_line, run_script, versions
 
-COLUMNS = {"class": "5d", "name": "12s", "margin": "8.2f", "noise %": "8.2f"}
-AXES = {"margin": "largest margin of the logits", "noise": "images that noise sends there (%)"}
+COLUMNS = {"class": "5d", "name": "12s", "margin": "8.2f", "noise %": "8.2f", "goes to": "7d", "flow %": "7.2f"}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -54,23 +56,36 @@ def run_detection(args: argparse.Namespace, run: Run) -> None:
     run.clear()
     tell = partial(_tell, len(names))
     found = detect(subject.network, len(names), size, subject.normalization, clean, config, tell)
-    values = {name: statistic.values for name, statistic in found.statistics.items()}
-    values["noise"] = [100 * share for share in values["noise"]]
-    table = run.table(COLUMNS)
-    for number, (name, margin, noise) in enumerate(zip(names, values["margin"], values["noise"], strict=True)):
-        table.add({"class": number, "name": str(name), "margin": margin, "noise %": noise})
-    written = {**found.as_dict(), "suspect_name": names[found.suspect], "clean_images": len(clean)}
-    written["noise_images"] = count = count_images(clean, len(names), config)
+    show(found, names, run)
+    count = count_images(clean, len(names), config)
+    suspect = None if found.suspect is None else names[found.suspect]
+    written = {**found.as_dict(), "suspect_name": suspect, "clean_images": len(clean), "noise_images": count}
     card = {name: subject.card[name] for name in ("dataset", "normalization", "repaired_from")}
     facts = {"seconds": round(run.seconds, 1), "command": run.command, "versions": versions()}
     write_bytes(run.folder / "detection.json", as_json({**written, "settings": run.options, "network": card, **facts}))
-    drawn = {AXES[name]: values[name] for name in values}
-    plot_detection(run.folder / "detection.png", names, drawn, found.suspect)
     if count < config.noise_images:
         announce(f"a noise saw {count} images, not {config.noise_images}: there are no more of other classes")
+    if not found.assignment:
+        announce(f"no assignment of {len(names)} classes: {len(clean)} clean images, it takes {PER_CLASS * len(names)}")
     verdict = "backdoored" if found.backdoored else "no backdoor found"
-    announce(f"{verdict}: class {found.suspect} ({names[found.suspect]}) stands out most, p = {found.p_value:.2g}")
+    most = "the assignment of each class to another" if suspect is None else f"class {found.suspect} ({suspect})"
+    announce(f"{verdict}: {most} stands out most, p = {found.p_value:.2g}")
     announce(f"saved {run.folder / 'detection.json'}; {run.seconds:.0f} s")
+
+
+def show(found: Detection, names: Sequence[str], run: Run) -> None:
+    """Print and draw what was found about every class."""
+    margin, noise = found.statistics["margin"].values, [100 * share for share in found.statistics["noise"].values]
+    drawn = {"largest margin of the logits": margin, "images that noise sends there (%)": noise}
+    targets: list[int] | list[None] = [None] * len(names)
+    flows: list[float] | list[None] = [None] * len(names)
+    if found.assignment:
+        targets, flows = found.assignment.targets, [100 * flow for flow in found.assignment.flows]
+        drawn["net flow to the class assigned to it (%)"] = flows
+    table = run.table(COLUMNS)
+    for row in zip(range(len(names)), map(str, names), margin, noise, targets, flows, strict=True):
+        table.add(dict(zip(COLUMNS, row, strict=True)))
+    plot_detection(run.folder / "detection.png", names, drawn, found.suspect)
 
 
 def _tell(classes: int, name: str) -> None:

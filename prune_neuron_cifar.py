@@ -78,7 +78,7 @@ def write_down(run: Run, found: TriggerFree, neurons: list[Neuron]) -> Choice:
     """Write and draw what was found without the trigger; returns the operating point."""
     write_bytes(run.folder / "trigger_free.json", as_json(found.as_dict()))
     choice = found.choice(neurons)
-    if found.stop:
+    if found.stop and found.detection.suspect is not None:
         shares = percent(found.config.patch_left), percent(choice.point.count / len(neurons))
         plot_trigger_free(run.folder / "trigger_free.png", found.curves(len(neurons)), *shares)
     return choice

@@ -28,6 +28,7 @@ COLUMNS = {
     "C-Acc": "C-Acc %",
     "ASR": "ASR %",
 }
+FOUND = ("backdoored", "suspect", "p_value", "statistics", "assignment")  # of detection.json
 BUDGETS = (1, 2, 3)  # points of the defender's accuracy
 
 Result = dict[str, Any]
@@ -41,7 +42,7 @@ def collect(folder: Path) -> Result:
     """
     if (folder / "detection.json").exists():  # which knows no attack: it was run on benign networks alone
         found = read_json(folder / "detection.json")
-        kept = {name: found[name] for name in ("backdoored", "suspect", "p_value", "statistics")}
+        kept = {name: found[name] for name in FOUND}
         return {"detection": kept, "stop": None, "sweep": [], "after": None, "attack": {"poison_type": "benign"}}
     _, rows = finished_log(folder, "pruning_by_threshold")
     sweep = [{name: row[column] for name, column in COLUMNS.items()} for row in rows]
@@ -82,13 +83,20 @@ def _judged(row: Result, result: Result) -> str:
     return _pair(row) + ("" if row["ASR"] <= tolerated(result) else " *")
 
 
+def suspected(found: Result) -> str:
+    """Return what a detection calls backdoored; nothing where that is nothing."""
+    if not found["backdoored"]:
+        return ""
+    return "each to another" if found["suspect"] is None else f"class {found['suspect']}"
+
+
 def repairs_table(results: dict[str, Result]) -> str:
     """One row for each backdoored network of which there is a sweep."""
     rows = []
     for name, result in results.items():
         if result["sweep"]:
             stop, found = result["stop"], result["detection"]
-            said = f"class {found['suspect']}" if found["backdoored"] else "none"
+            said = suspected(found) or "none"
             abstained = " (abstained)" if stop and stop["abstained"] else ""
             cells = [_judged(row, result) for row in choices(result).values()]
             rows.append([f"`{name}`", said + abstained, _pair(result["sweep"][0]), *cells, _pair(oracle(result))])
@@ -102,7 +110,7 @@ def verdicts_table(results: dict[str, Result]) -> str:
     for name, result in results.items():
         attack, found = result["attack"], result["detection"]
         target = attack.get("poison_target")
-        said = f"class {found['suspect']}" if found["backdoored"] else "-"
+        said = suspected(found) or "-"
         is_target = "-" if target is None else f"class {target}"
         rows.append([f"`{name}`", TITLES[attack["poison_type"]], is_target, said, f"{found['p_value']:.2g}"])
     return markdown(["network", "attack", "target", "suspected", "p"], rows)

@@ -8,9 +8,11 @@ gradient ascent finds from random images. A backdoor makes it large for the targ
 
 The *noise*: the share of clean images of other classes that end in class t when all neurons are perturbed towards it,
 as ANP perturbs them away from the truth (Wu & Wang, NeurIPS 2021, equation 4), with the statistics of the batch.
+
+Where every class is the target of another one, no class stands out; ``defenses.all_to_all`` looks for that.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 
 from data.augment import normalize
 from data.datasets import Normalization
+from defenses.all_to_all import PER_CLASS, Assignment
 from defenses.anp import assign
 from defenses.defense import CleanImages
 from engine.runtime import autocast
@@ -33,6 +36,7 @@ FEWEST = 4  # classes: what is an outlier among fewer?
 STEP = 2 / 3  # of a noise's ascent, as a share of eps
 MOMENTUM = 0.9  # of a margin's ascent
 TOGETHER = 2000  # images of 32x32 pixels in one pass
+ALL_TO_ALL_SHARE = 0.1  # of the level is the assignment's, where there is one; the other statistics have equal parts
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,9 @@ class DetectionConfig(Config):
     noise_eps: float = setting(0.2, "size of the noise relative to the weights", Range(0, open_low=True))
     noise_steps: int = setting(3, "ascent steps of the noise", Range(1, 1e6))
     noise_images: int = setting(200, "clean images of other classes for each class's noise", Range(2, 1e6))
+    assignment_eps: float = setting(
+        0.025, "size of the noise under which classes are assigned to each other", Range(0, open_low=True)
+    )
     seed: int = setting(0, "decides the random images", Range(0))
     precision: torch.dtype = one_of(torch.float32, torch.bfloat16)
 
@@ -92,21 +99,26 @@ class Detection:
     Attributes:
         statistics: by name; ``margin``, and ``noise`` where there are clean images.
         backdoored: the verdict.
-        suspect: the class whose statistic stands out most.
-        p_value: of the statistic that stands out most, times the number of statistics.
+        suspect: the class whose statistic stands out most; None where the assignment stands out more.
+        p_value: of what stands out most, divided by its share of the level.
+        assignment: of each class to another one; None where there are too few clean images to tell.
     """
 
     statistics: dict[str, Statistic]
     backdoored: bool
-    suspect: int
+    suspect: int | None
     p_value: float
+    assignment: Assignment | None = None
 
     @classmethod
-    def of(cls, statistics: dict[str, Statistic], level: float) -> "Detection":
-        """Combine statistics; with two of them each has half of the level."""
-        most = min(statistics.values(), key=lambda statistic: statistic.p_value)
-        p_value = min(1.0, len(statistics) * most.p_value)
-        return cls(statistics, p_value <= level, most.suspect, p_value)
+    def of(cls, statistics: dict[str, Statistic], level: float, assignment: Assignment | None = None) -> "Detection":
+        """Combine what was found; each has a share of the level (Bonferroni)."""
+        share = (1 - ALL_TO_ALL_SHARE if assignment else 1) / len(statistics)
+        found = [(statistic.p_value / share, statistic.suspect) for statistic in statistics.values()]
+        if assignment:
+            found.append((assignment.p_value / ALL_TO_ALL_SHARE, None))
+        p_value, suspect = min(found, key=lambda each: each[0])
+        return cls(statistics, p_value <= level, suspect, min(1.0, p_value), assignment)
 
     def as_dict(self) -> dict[str, Any]:
         """Return all of it in plain containers."""
@@ -115,6 +127,7 @@ class Detection:
             "suspect": self.suspect,
             "p_value": self.p_value,
             "statistics": {name: vars(statistic) for name, statistic in self.statistics.items()},
+            "assignment": self.assignment and vars(self.assignment),
         }
 
 
@@ -216,10 +229,7 @@ def targeted_noise(network: nn.Module, clean: CleanImages, num_classes: int, con
         InputError: the network has no neuron that can be perturbed, has not K outputs or answers NaN, or as
             ``count_images``.
     """
-    noisy = convert_noisy(network).requires_grad_(False).eval()
-    layers, logits_of = list(noisy_layers(noisy).values()), partial(_logits, noisy, num_classes, config.precision)
-    for layer in layers:
-        layer.training = isinstance(layer, NoisyBatchNorm)  # as in ANP: statistics of the batch
+    layers, logits_of = _perturbable(network, num_classes, config.precision)
     grouped = all(type(layer) is NoisyBatchNorm for layer in layers)
     inputs = torch.cat([inputs for inputs, _ in clean.batches()])  # (N, ...)
     count, found = count_images(clean, num_classes, config), []
@@ -229,6 +239,30 @@ def targeted_noise(network: nn.Module, clean: CleanImages, num_classes: int, con
         targets = group.repeat_interleave(count).to(inputs.device)
         found.append(_reached(logits_of, layers, inputs[index], targets, len(group), config))
     return torch.cat(found).cpu()
+
+
+def _perturbable(
+    network: nn.Module, num_classes: int, precision: torch.dtype
+) -> tuple[list[NoisyLayer], Callable[[Tensor], Tensor]]:
+    """Return the layers of a network's noisy copy, and what returns its logits with the statistics of the batch."""
+    noisy = convert_noisy(network).requires_grad_(False).eval()
+    layers = list(noisy_layers(noisy).values())
+    for layer in layers:
+        layer.training = isinstance(layer, NoisyBatchNorm)  # as in ANP: statistics of the batch
+    return layers, partial(_logits, noisy, num_classes, precision)
+
+
+def _climb(objective: Callable[[list[Tensor]], Iterable[Tensor]], like: Tensor, steps: int, eps: float) -> list[Tensor]:
+    """Return noise (d, x) that climbs the sum of an objective's parts by the sign of its slope, within eps, from 0."""
+    noise = [torch.zeros_like(like) for _ in range(2)]
+    for _ in range(steps):
+        noise = [part.detach().requires_grad_() for part in noise]
+        slopes = [torch.zeros_like(part) for part in noise]
+        for value in objective(noise):  # one batch after the other
+            more = torch.autograd.grad(value, noise, materialize_grads=True)
+            slopes = [slope + each for slope, each in zip(slopes, more, strict=True)]
+        noise = [(part + STEP * eps * g.sign()).clamp(-eps, eps) for part, g in zip(noise, slopes, strict=True)]
+    return [part.detach() for part in noise]
 
 
 def _reached(
@@ -242,20 +276,60 @@ def _reached(
     """Perturb the neurons towards the targets of each of some classes; return the share that gets there: (classes,)."""
     neurons = sum(len(layer._parameters["weight"]) for layer in layers)
     mask = torch.ones(classes, neurons, device=inputs.device)
-    noise = [torch.zeros_like(mask) for _ in range(2)]  # d and x of each class
 
     def perturbed(noise: list[Tensor]) -> Tensor:
         assign(layers, mask.squeeze(0), [part.squeeze(0) for part in noise])
         return logits_of(inputs)  # (classes * count, K)
 
-    for _ in range(config.noise_steps):
-        noise = [part.detach().requires_grad_() for part in noise]
-        loss = -F.cross_entropy(perturbed(noise), targets, reduction="sum")  # a class's noise sees its own images alone
-        slopes = torch.autograd.grad(loss, noise, materialize_grads=True)
-        eps = config.noise_eps
-        noise = [(part + STEP * eps * g.sign()).clamp(-eps, eps) for part, g in zip(noise, slopes, strict=True)]
+    def towards(noise: list[Tensor]) -> Iterator[Tensor]:
+        yield -F.cross_entropy(perturbed(noise), targets, reduction="sum")  # a class's noise sees its own images alone
+
+    noise = _climb(towards, mask, config.noise_steps, config.noise_eps)
     with torch.no_grad():
         return (perturbed(noise).argmax(1) == targets).float().view(classes, -1).mean(1)
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def confusion(network: nn.Module, clean: CleanImages, num_classes: int, config: DetectionConfig) -> Tensor:
+    """Return how probable each class is for the images of each class, under noise that climbs their cross entropy.
+
+    Args:
+        network: with neurons; it is not changed.
+        clean: the defender's images.
+        num_classes: K.
+        config: the settings.
+
+    Returns:
+        float32 (K, K), rows are the true classes; 0 in the row of a class without images.
+
+    Raises:
+        InputError: as ``targeted_noise``.
+    """
+    clean.check_labels(num_classes)
+    layers, logits_of = _perturbable(network, num_classes, config.precision)
+    inputs = torch.cat([inputs for inputs, _ in clean.batches()])  # (N, ...)
+    pixels = inputs.shape[-2] * inputs.shape[-1] if inputs.dim() == 4 else 32 * 32
+    parts = -(-len(inputs) * pixels // (TOGETHER * 32 * 32))
+    batches = list(zip(inputs.tensor_split(parts), clean.labels.tensor_split(parts), strict=True))
+    mask = torch.ones(sum(len(layer._parameters["weight"]) for layer in layers), device=inputs.device)
+
+    def perturbed(noise: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        assign(layers, mask, noise)
+        for batch, labels in batches:
+            yield logits_of(batch), labels
+
+    def away(noise: list[Tensor]) -> Iterator[Tensor]:
+        for logits, labels in perturbed(noise):
+            yield F.cross_entropy(logits, labels, reduction="sum")
+
+    noise = _climb(away, mask, config.noise_steps, config.assignment_eps)
+    found = torch.zeros(num_classes, num_classes, device=inputs.device)
+    with torch.no_grad():
+        for logits, labels in perturbed(noise):
+            found.index_add_(0, labels, logits.softmax(1))
+    counts = torch.bincount(clean.labels, minlength=num_classes).clamp_min(1)
+    return (found / counts[:, None]).cpu()
 
 
 def detect(
@@ -274,7 +348,7 @@ def detect(
         num_classes: its classes, 4 or more.
         size: height and width of its images, in pixels.
         normalization: of its input.
-        clean: the defender's images; None: the margin alone, which needs none.
+        clean: the defender's images; None: the margin alone, which needs none. The assignment takes 40 a class.
         config: the settings.
         tell: called with the name of each statistic before it is computed.
 
@@ -288,6 +362,7 @@ def detect(
         count_images(clean, num_classes, config)  # before the margins, which take longer
     trainable = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
     modes = [(module, module.training) for module in network.modules()]
+    assignment = None
     network.requires_grad_(False).eval()
     try:
         tell("margin")
@@ -295,9 +370,12 @@ def detect(
         if clean is not None:
             tell("noise")
             statistics["noise"] = Statistic.of(targeted_noise(network, clean, num_classes, config))
+            if len(clean) >= PER_CLASS * num_classes:
+                tell("assignment")
+                assignment = Assignment.of(confusion(network, clean, num_classes, config))
     finally:
         for module, training in modes:
             module.training = training
         for parameter, wanted in trainable:
             parameter.requires_grad_(wanted)
-    return Detection.of(statistics, config.level)
+    return Detection.of(statistics, config.level, assignment)

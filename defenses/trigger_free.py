@@ -25,6 +25,7 @@ from formats.subject import Subject
 from models.neurons import Neuron, pruned_copy, threshold_point
 from utils.config import Range, setting
 
+ALL_TO_ALL = "classes go each to another, so no patch stands in for the trigger"
 SAID = "without the trigger: "  # before the name of each part
 FIRST, GROWTH, LAST = 0.005, 1.2, 0.5  # of the grid: its first point, the ratio of two, its last; shares of the neurons
 LEARNT = 0.5  # share of the images that a patch has to move in the untouched network to stand in for a trigger
@@ -57,7 +58,7 @@ class Row:
 
     Attributes:
         count: of neurons pruned.
-        reached: 0..1; share of images of other classes that the patch sends to the class under suspicion.
+        reached: 0..1; share of images of other classes that the patch sends to the suspected class; 0 without one.
         accuracy: 0..1, on the images by which it judges.
     """
 
@@ -71,16 +72,18 @@ class Stop:
     """Where to stop.
 
     Attributes:
-        count: of neurons to prune; None where no patch could be learnt.
+        count: of neurons to prune; None where no patch could be learnt, or no single class is under suspicion.
         abstained: no patch was learnt, or it had not failed at the accuracy cap, where the count then is.
         learnt: 0..1; share of the images that the strongest patch moves in the untouched network.
-        rows: all that were looked at, by count.
+        rows: all that were looked at up to the cap, by count.
+        beyond: where it had not failed at the cap, the first point beyond at which it has; None if there is none.
     """
 
     count: int | None
     abstained: bool
     learnt: float
     rows: list[Row]
+    beyond: Row | None = None
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,8 @@ class TriggerFree:
             return choice_of(neurons, 0, f"no backdoor was found, p = {self.detection.p_value:.2g}")
         if self.stop.count is None:
             count = min(threshold_point(neurons, PAPER_THRESHOLD).count, self.stop.rows[-1].count)
-            missing = f"no patch for class {self.detection.suspect} that pruning stops"
+            suspect = self.detection.suspect
+            missing = ALL_TO_ALL if suspect is None else f"no patch for class {suspect} that pruning stops"
             reason = f"abstained: {missing}; the paper's threshold instead, within the accuracy cap"
             return choice_of(neurons, count, reason)
         left = next(row.reached for row in self.stop.rows if row.count == self.stop.count)
@@ -118,9 +122,13 @@ class TriggerFree:
             f"the patch for class {self.detection.suspect} moves {100 * left:.0f} % of other classes' images there, "
             f"{100 * self.stop.learnt:.0f} % before"
         )
-        return choice_of(
-            neurons, self.stop.count, f"abstained at the accuracy cap: {moved}" if self.stop.abstained else moved
-        )
+        if not self.stop.abstained:
+            return choice_of(neurons, self.stop.count, moved)
+        beyond = "it works wherever the search went"
+        if self.stop.beyond:
+            accuracy = f"{100 * self.stop.beyond.accuracy:.1f} %"
+            beyond = f"it fails without {self.stop.beyond.count}, at an accuracy of {accuracy} on the defender's images"
+        return choice_of(neurons, self.stop.count, f"abstained at the accuracy cap: {moved}; {beyond}")
 
     def curves(self, neurons: int) -> dict[str, list[float]]:
         """Return what the rule looked at, in percent, by what it is; ``neurons`` are there in all."""
@@ -243,7 +251,7 @@ def choose_for(
 def stop_of(
     network: nn.Module,
     neurons: list[Neuron],
-    suspect: int,
+    suspect: int | None,
     learn: CleanImages,
     judge: CleanImages,
     normalization: Normalization,
@@ -255,7 +263,7 @@ def stop_of(
     Args:
         network: untouched; it is not changed.
         neurons: sorted by mask.
-        suspect: the class under suspicion.
+        suspect: the class under suspicion; None where it is all of them, for which no patch is learnt.
         learn: clean images from which the patch is learnt.
         judge: clean images on which accuracy is measured; better none that the masks were learnt from.
         normalization: of the network's input.
@@ -278,6 +286,8 @@ def stop_of(
         return judge.accuracy(pruned_copy(network, neurons[:count]), precision)
 
     counts = within(accuracy, len(neurons), config.accuracy_cap / 100)
+    if suspect is None:
+        return Stop(None, True, 0.0, [Row(count, 0.0, accuracy(count)) for count in counts])
     target = torch.tensor([suspect] * config.patches)
     patches = learn_patches(logits_of(0), pixels[0], learn.labels, target, config, logits_of(counts[-1]))
     every, labels = torch.cat(pixels), torch.cat([part.labels for part in parts])
@@ -289,4 +299,8 @@ def stop_of(
     rows = [Row(count, reached(count), accuracy(count)) for count in counts]
     if reached(0) < LEARNT:
         return Stop(None, True, reached(0), rows)
-    return Stop(*search(reached, counts, config.patch_left), reached(0), rows)
+    count, abstained = search(reached, counts, config.patch_left)
+    further = (count for count in grid(len(neurons)) if abstained and count > counts[-1])
+    failed = next((count for count in further if reached(count) <= config.patch_left), None)
+    beyond = None if failed is None else Row(failed, reached(failed), accuracy(failed))
+    return Stop(count, abstained, reached(0), rows, beyond)

@@ -462,20 +462,22 @@ def plot_curve(path: Path, rows: list[dict], chosen: float) -> "Figure":
     return figure
 
 
-def plot_detection(path: Path, classes: Sequence[str], statistics: dict[str, list[float]], suspect: int) -> "Figure":
+def plot_detection(
+    path: Path, classes: Sequence[str], statistics: dict[str, list[float]], suspect: int | None
+) -> "Figure":
     """Draw the statistics of every class; the suspected one is filled.
 
     Args:
         path: the PNG file; the PDF file lies beside it.
         classes: their names.
         statistics: values by class, by the label of their axis.
-        suspect: a class.
+        suspect: a class; None: no single one.
 
     Returns:
         The figure as it was written.
     """
     places = range(len(classes))
-    with _drawn(path, 9, 3.4) as figure:
+    with _drawn(path, 4.5 * len(statistics), 3.4) as figure:
         panels = figure.subplots(1, len(statistics), squeeze=False)[0]
         for axes, (name, values) in zip(panels, statistics.items(), strict=True):
             colours = [VERMILLION if place == suspect else "white" for place in places]

@@ -125,15 +125,54 @@ MUTATIONS = [
         ("detector: one class is many tests", "1 - below ** len(values)", "1 - below", "test_detection.py -k gamma"),
         (
             "detector: each statistic has the whole level",
-            "min(1.0, len(statistics) * most.p_value)",
-            "most.p_value",
+            "/ len(statistics)",
+            "/ 1",
             "test_detection.py -k share_the_level",
+        ),
+        (
+            "detector: the assignment has the whole level",
+            "assignment.p_value / ALL_TO_ALL_SHARE",
+            "assignment.p_value",
+            "test_detection.py -k tenth_of_the_level",
+        ),
+        (
+            "detector: an assignment of a few images",
+            "if len(clean) >= PER_CLASS * num_classes:",
+            "if True:",
+            "test_detection.py -k few_images",
+        ),
+        (
+            "detector: noise of the last batch alone",
+            "slopes = [slope + each for slope",
+            "slopes = [each for slope",
+            "test_detection.py -k several_batches",
         ),
         (
             "detector: images of the class itself",
             "(clean.labels != int(target)).nonzero()[:count, 0]",
             "clean.labels.nonzero()[:count, 0]",
             "test_detection.py -k class_itself",
+        ),
+    ),
+    *_of(
+        "defenses/all_to_all.py",
+        (
+            "all-to-all: confusion that goes both ways",
+            "confusion - confusion.T",
+            "confusion",
+            "test_detection.py -k look_alike",
+        ),
+        (
+            "all-to-all: the next assignment shares pairs",
+            "flow[sources, targets] = -torch.inf",
+            "flow[sources[:1], targets[:1]] = -torch.inf",
+            "test_detection.py -k no_pair",
+        ),
+        (
+            "all-to-all: a class may stay where it is",
+            "flow.fill_diagonal_(-torch.inf)",
+            "pass",
+            "test_detection.py -k assigned_to_itself",
         ),
     ),
     *_of(

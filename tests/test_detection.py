@@ -1,19 +1,24 @@
 """The detector: statistics of planted networks, their test, and the script."""
 
 import json
+from statistics import fmean, stdev
 
 import pytest
 import torch
+from scipy import stats
 from torch import nn
 
 import detect_cifar
+from benchmarks.trigger_free import suspected
 from data.datasets import Normalization
+from defenses.all_to_all import BENIGN_COUNT, BENIGN_DEVIATION, BENIGN_MEAN, Assignment
 from defenses.defense import CleanImages
-from defenses.detection import Detection, DetectionConfig, Statistic, detect, margins, targeted_noise
+from defenses.detection import Detection, DetectionConfig, Statistic, confusion, detect, margins, targeted_noise
 from tests.test_structure import ROOT
 from utils.errors import InputError
 
 PLAIN = Normalization((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+REFERENCE = (*(f"benign-{seed}" for seed in (0, 1, 2, "s100", "s104", "s106", "s108", "s110")), "vgg-benign-s121")
 QUICK = DetectionConfig(margin_images=3, margin_steps=8, noise_images=20)
 
 
@@ -49,7 +54,7 @@ def values(network, clean=None, config=QUICK, classes=6):
 
 
 @pytest.mark.parametrize("target", [0, 3])
-def test_a_class_with_an_inflated_margin_is_suspected(target):
+def test_a_class_with_an_inflated_margin_issuspected(target):
     found = detect(Planted(target=target, margin=40.0), 6, (8, 8), PLAIN, None, QUICK)
     assert found.backdoored and found.suspect == target and found.p_value < 1e-3
     assert list(found.statistics) == ["margin"]
@@ -130,7 +135,6 @@ def test_the_best_of_the_images_counts():
 
 
 def test_the_p_value_is_that_of_a_gamma_distribution():
-    stats = pytest.importorskip("scipy.stats")
     statistic = Statistic.of(torch.tensor([2.0, 3.0, 9.0, 4.0, 3.5]))
     others = torch.tensor([2.0, 3.0, 4.0, 3.5], dtype=torch.float64)
     shape, scale = float(others.mean() ** 2 / others.var()), float(others.var() / others.mean())
@@ -148,6 +152,142 @@ def test_two_statistics_share_the_level():
     alone, both = Detection.of({"margin": low}, 0.05), Detection.of({"margin": high, "noise": low}, 0.05)
     assert alone.backdoored and alone.p_value == 0.03
     assert not both.backdoored and both.p_value == 0.06 and both.suspect == 1
+
+
+def test_the_assignment_has_a_tenth_of_the_level():
+    nothing = Statistic([1.0, 2.0], 1, 0.6)
+    low, high = (Assignment([1, 0], [0.1, 0.1], 0.05, p_value) for p_value in (0.004, 0.04))
+    found = Detection.of({"margin": nothing, "noise": nothing}, 0.05, low)
+    assert found.backdoored and found.suspect is None and found.p_value == pytest.approx(0.04)
+    found = Detection.of({"margin": nothing, "noise": Statistic([2.0, 1.0], 0, 0.018)}, 0.05, high)
+    assert found.backdoored and found.suspect == 0 and found.p_value == pytest.approx(0.04)
+    assert not Detection.of({"margin": nothing, "noise": nothing}, 0.05, high).backdoored
+    assert found.as_dict()["assignment"] == {"targets": [1, 0], "flows": [0.1, 0.1], "ahead": 0.05, "p_value": 0.04}
+
+
+def mixed(classes=8, strength=0.0, order=None, seed=0):
+    """Return a confusion: classes that look alike, two that attract others, and an assignment of some strength."""
+    generator = torch.Generator().manual_seed(seed)
+    alike = torch.rand(classes, classes, generator=generator) * 0.05
+    found = alike + alike.T + 0.002 * torch.rand(classes, classes, generator=generator)
+    for first in range(0, classes, 2):  # two by two
+        found[first, first + 1] += 0.3
+        found[first + 1, first] += 0.3
+    found[:, 2:4] += 0.1
+    found[torch.arange(classes), torch.arange(1, classes + 1) % classes if order is None else order] += strength
+    return found
+
+
+def test_an_assignment_is_found_among_classes_that_look_alike_and_attract():
+    order = torch.tensor([3, 0, 5, 6, 7, 1, 4, 2])
+    found = Assignment.of(mixed(strength=0.08, order=order))
+    assert found.targets == order.tolist() and found.p_value < 1e-4
+    assert found.ahead == pytest.approx(0.08, abs=0.01)
+    without = Assignment.of(mixed())
+    assert without.p_value > 0.5 and without.ahead < 0.005
+
+
+def test_the_next_assignment_has_no_pair_of_the_best():
+    """Worked out by hand: flows 0.3 along 0 > 1 > 2 > 3 > 0; without these pairs only 0 - 2 and 1 - 3 are left."""
+    found = torch.zeros(4, 4)
+    found[torch.arange(4), torch.tensor([1, 2, 3, 0])] = 0.3
+    found[0, 2], found[1, 3] = 0.1, 0.04  # and -0.1, -0.04 back: they cancel in an assignment of both ways
+    assert Assignment.of(found).ahead == pytest.approx(0.3 - 0.0)
+    found[0, 1] = 0.5  # a mean of 0.35
+    assert Assignment.of(found).flows == pytest.approx([0.5, 0.3, 0.3, 0.3])
+
+
+def test_no_class_is_assigned_to_itself():
+    """Three classes turn into each other; the fourth has to go somewhere, and breaks that."""
+    found = torch.zeros(4, 4)
+    found[torch.arange(3), torch.tensor([1, 2, 0])] = 0.3
+    assert sorted(Assignment.of(found).flows) == pytest.approx([0.0, 0.0, 0.3, 0.3])
+
+
+def test_classes_that_attract_others_cancel():
+    few, many = mixed(strength=0.05), mixed(strength=0.05)
+    many[:, 5] += 0.2
+    many[5, :] -= 0.2
+    assert Assignment.of(many).ahead == pytest.approx(Assignment.of(few).ahead, abs=1e-6)
+
+
+def test_the_reference_is_that_of_the_benign_networks():
+    """A gamma distribution of their mean, and of the variance of one more such network."""
+    found = Assignment.of(mixed(strength=0.03))
+    variance = BENIGN_DEVIATION**2 * (1 + 1 / BENIGN_COUNT)
+    expected = stats.gamma.sf(found.ahead, BENIGN_MEAN**2 / variance, scale=variance / BENIGN_MEAN)
+    assert found.p_value == pytest.approx(expected, rel=1e-6)
+    files = [ROOT / "results" / "detection" / f"{name}.json" for name in REFERENCE]
+    values = [json.loads(file.read_text())["assignment"]["ahead"] for file in files]
+    assert len(values) == BENIGN_COUNT
+    assert pytest.approx(fmean(values), abs=1e-5) == BENIGN_MEAN
+    assert pytest.approx(stdev(values), abs=1e-5) == BENIGN_DEVIATION
+
+
+class Turning(nn.Module):
+    """Right about images, but the last of its neurons turns each class into the next one; noise makes it louder."""
+
+    def __init__(self, classes=6, strength=0.0):
+        super().__init__()
+        self.norm, self.classes = nn.BatchNorm1d(2 * classes), classes
+        self.linear = nn.Linear(2 * classes, classes, bias=False)
+        with torch.no_grad():
+            turned = strength * torch.eye(classes).roll(1, 0)  # class s feeds the logit of s + 1
+            self.linear.weight.copy_(torch.cat([2 * torch.eye(classes), turned], 1))
+
+    def forward(self, x):
+        rows = x.mean((1, 3))[:, : self.classes]
+        return self.linear(self.norm(torch.cat([rows, rows], 1)))
+
+
+def of_rows(count=300, classes=6):
+    """Return images whose class is their brightest row."""
+    generator = torch.Generator().manual_seed(3)
+    images, labels = torch.rand(count, 3, 8, 8, generator=generator) * 0.5, torch.arange(count) % classes
+    images[torch.arange(count), :, labels] += 0.6
+    return CleanImages(images, labels)
+
+
+def test_a_network_that_turns_each_class_into_the_next_one():
+    turned = detect(Turning(strength=1.5), 6, (8, 8), PLAIN, of_rows(), QUICK)
+    assert turned.backdoored and turned.suspect is None
+    assert turned.assignment.targets == [1, 2, 3, 4, 5, 0] and min(turned.assignment.flows) > 0.02
+    straight = detect(Turning(), 6, (8, 8), PLAIN, of_rows(), QUICK)
+    assert straight.assignment.p_value > 0.5 and not straight.backdoored
+
+
+def test_a_confusion_is_a_mean_over_the_images_of_a_class(monkeypatch):
+    network, clean = Turning(strength=1.0).eval(), of_rows(60)
+    found = confusion(network, clean, 6, QUICK)
+    torch.testing.assert_close(found.sum(1), torch.ones(6))
+    still = confusion(network, clean, 6, DetectionConfig(assignment_eps=1e-7))
+    network.norm.training = True
+    with torch.no_grad():
+        known = network(clean.images).softmax(1)
+    expected = torch.stack([known[clean.labels == label].mean(0) for label in range(6)])
+    torch.testing.assert_close(still, expected, atol=1e-5, rtol=1e-4)
+    assert found.diagonal().mean() < still.diagonal().mean() - 1e-3, "the noise climbs the cross entropy"
+    rest = CleanImages(clean.images[clean.labels != 4], clean.labels[clean.labels != 4])
+    assert confusion(network, rest, 6, QUICK)[4].tolist() == [0.0] * 6
+
+
+def test_large_images_are_perturbed_in_several_batches(monkeypatch):
+    """With running statistics, as in a network without BatchNorm, batches change nothing."""
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 6))
+    clean, seen = of_rows(60), []
+    network[1].register_forward_hook(lambda layer, inputs, output: seen.append(len(output)))
+    together = confusion(network, clean, 6, QUICK)
+    assert set(seen) == {60}
+    monkeypatch.setattr("defenses.detection.TOGETHER", 1)  # 64 pixels an image: 16 images
+    seen.clear()
+    torch.testing.assert_close(confusion(network, clean, 6, QUICK), together, atol=1e-5, rtol=1e-4)
+    assert set(seen) == {15}
+
+
+def test_few_images_of_each_class_give_no_assignment():
+    images = of_rows(239)
+    assert detect(Turning(strength=1.5), 6, (8, 8), PLAIN, images, QUICK).assignment is None
+    assert detect(Turning(strength=1.5), 6, (8, 8), PLAIN, of_rows(240), QUICK).assignment is not None
 
 
 def test_few_classes_are_one_line_and_many_work(clean):
@@ -228,6 +368,7 @@ def test_the_script_writes_what_it_found(trained, tmp_path, capsys):
     verdict = "backdoored: class" if found["backdoored"] else "no backdoor found: class"
     assert f"{verdict} {found['suspect']} ({found['suspect_name']})" in printed and "trigger" not in printed
     assert found["noise_images"] == 10 and "a noise saw" not in printed
+    assert found["assignment"] is None and "no assignment of 10 classes: 60 clean images, it takes 400" in printed
     assert detect_cifar.main(command(trained, tmp_path)) == 1
     assert "detection.json is there already" in capsys.readouterr().err
     before = (tmp_path / "detection.png").read_bytes()
@@ -258,10 +399,12 @@ def test_the_documentation_shows_what_was_found():
     for file in files:
         found = json.loads(file.read_text())
         statistics = {name: Statistic(**parts) for name, parts in found["statistics"].items()}
-        assert Detection.of(statistics, DetectionConfig.level).as_dict() == found
+        assignment = Assignment(**found["assignment"])
+        assert Detection.of(statistics, DetectionConfig.level, assignment).as_dict() == found
         margin, noise = (
             f"{part.suspect}: {factor * max(part.values):.1f} ({part.p_value:.2g})"
             for part, factor in ((statistics["margin"], 1), (statistics["noise"], 100))
         )
-        verdict = f"class {found['suspect']}" if found["backdoored"] else "-"
-        assert f"| `{file.stem}` | {margin} | {noise} | {found['p_value']:.2g} | {verdict} |" in page
+        ahead = f"{100 * assignment.ahead:.2f} ({assignment.p_value:.2g})"
+        verdict = suspected(found) or "-"
+        assert f"| `{file.stem}` | {margin} | {noise} | {ahead} | {found['p_value']:.2g} | {verdict} |" in page

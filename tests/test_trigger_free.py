@@ -190,6 +190,30 @@ def test_a_backdoor_behind_the_accuracy_cap_is_said_to_be_there():
     assert "abstained: no patch for class 3 that pruning stops" in found.choice(neurons).reason
 
 
+def test_what_it_would_cost_to_go_beyond_the_cap(monkeypatch):
+    """A patch that uses the corner, whatever the network at the cap says; its neuron comes after two classes'."""
+    from defenses import trigger_free as module
+
+    learn = module.learn_patches
+    monkeypatch.setattr(module, "learn_patches", lambda *given: learn(*given[:-1]))
+    order = [CLASSES + 1, 0, 1, CLASSES, *range(2, CLASSES)]
+    neurons = [Neuron("norm", index, 0.1 * place) for place, index in enumerate(order)]
+    stop = rule(Backdoored(), neurons, accuracy_cap=5.0)
+    assert (stop.count, stop.abstained, stop.beyond.count) == (1, True, 4) and stop.rows[-1].count == 1
+    assert stop.beyond.reached <= 0.16 and stop.beyond.accuracy == pytest.approx(4 / 6, abs=0.02)
+    found = TriggerFree(Detection({}, True, TARGET, 0.01), stop, TriggerFreeConfig()).choice(neurons)
+    assert found.point.count == 1 and found.reason.startswith(
+        "abstained at the accuracy cap: the patch for class 3 moves"
+    )
+    assert found.reason.endswith(
+        f"fails without 4, at an accuracy of {100 * stop.beyond.accuracy:.1f} % on the defender's images"
+    )
+    last = [*neurons[:3], *neurons[4:], neurons[3]]  # the grid ends at half of the neurons
+    stop = rule(Backdoored(), last, accuracy_cap=5.0)
+    found = TriggerFree(Detection({}, True, TARGET, 0.01), stop, TriggerFreeConfig()).choice(last)
+    assert stop.beyond is None and found.reason.endswith("; it works wherever the search went")
+
+
 def test_the_strongest_patch_counts(monkeypatch):
     """Some starts find nothing."""
     from defenses import trigger_free as module
@@ -210,8 +234,8 @@ def verdict(monkeypatch):
     """Let the detector say this."""
     from defenses import trigger_free as module
 
-    return lambda backdoored: monkeypatch.setattr(
-        module, "detect", lambda *given: Detection({}, backdoored, TARGET, 0.01 if backdoored else 0.5)
+    return lambda backdoored, suspect=TARGET: monkeypatch.setattr(
+        module, "detect", lambda *given: Detection({}, backdoored, suspect, 0.01 if backdoored else 0.5)
     )
 
 
@@ -221,6 +245,19 @@ def test_nothing_is_pruned_where_no_backdoor_was_found(verdict):
     choice = found.choice(neurons_of())
     assert found.stop is None and choice.point.count == 0
     assert choice.words == "prune nothing" and choice.reason == "no backdoor was found, p = 0.5"
+
+
+def test_where_each_class_goes_to_another_it_is_the_papers_threshold_within_the_cap(verdict, monkeypatch):
+    verdict(True, None)
+    monkeypatch.setattr("defenses.trigger_free.learn_patches", None)  # there is no class to learn one for
+    config = TriggerFreeConfig(**QUICK, accuracy_cap=100.0)
+    found = choose_trigger_free(Backdoored(), neurons_of(), CLASSES, PLAIN, clean_images(), None, config)
+    choice = found.choice(neurons_of())
+    assert choice.point.count == min(found.stop.rows[-1].count, sum(each.mask <= 0.2 for each in neurons_of())) > 0
+    assert choice.reason.startswith(
+        "abstained: classes go each to another, so no patch stands in for the trigger; the "
+    )
+    assert {row.reached for row in found.stop.rows} == {0.0} and found.stop.rows[0].accuracy == 1
 
 
 def test_the_choice_in_words(verdict):
@@ -267,6 +304,9 @@ def test_step_3_draws_where_there_is_a_suspicion(trained, tmp_path, verdict):
     assert stop["rows"][0]["count"] == 0
     pictures = [tmp_path / f"trigger_free.{suffix}" for suffix in ("png", "pdf")]
     assert all(picture.stat().st_size > 1000 for picture in pictures)
+    verdict(True, None)
+    assert step_3(trained, tmp_path, "--trigger-free", "--overwrite") == 0
+    assert not any(picture.exists() for picture in pictures)
     verdict(False)
     assert step_3(trained, tmp_path, "--trigger-free", "--overwrite") == 0
     assert not any(picture.exists() for picture in pictures)
