@@ -9,7 +9,7 @@ of the authors' release, which takes the mean of the squared differences where t
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -92,19 +92,9 @@ class AttentionDistillationLoop(TuningLoop):
     """First the fine-tuning of the teacher, then that of the student, ``network``."""
 
     def __init__(self, network: nn.Module, clean: CleanImages, config: "AttentionDistillation"):
-        self.teacher_loop = TuningLoop(network, clean, config.of_teacher())
-        super().__init__(network, clean, config)
+        self.teacher_loop = TuningLoop(network, clean, config.fine_tuning(config.teacher_iterations))
+        super().__init__(network, clean, config, before=config.teacher_iterations)
         self.stages = stages(self.network.eval(), next(clean.batches())[0][:2])
-        self.total = config.teacher_iterations + config.iterations
-
-    @property
-    def tuned(self) -> int:
-        """See ``TuningLoop``."""
-        return max(self.done - self.config.teacher_iterations, 0)
-
-    def due(self) -> bool:
-        """See ``TuningLoop``; the teacher has no rows."""
-        return self.done in (0, self.total) or (self.done > self.config.teacher_iterations and super().due())
 
     def steps(self) -> Iterator[int]:
         """See ``engine.drive.Loop``."""
@@ -160,8 +150,3 @@ class AttentionDistillation(TuningConfig):
         super().__post_init__()
         if len(self.beta) != STAGES:
             raise ValueError(f"--nad-beta: {len(self.beta)} values, expected one for each of {STAGES} stages")
-
-    def of_teacher(self) -> TuningConfig:
-        """Return the settings of the teacher's fine-tuning."""
-        shared = {each.name: getattr(self, each.name) for each in fields(TuningConfig)}
-        return TuningConfig(**{**shared, "iterations": self.teacher_iterations})

@@ -66,22 +66,17 @@ class FinePruningLoop(TuningLoop):
         super().__init__(network, clean, config)
         self.layer, activations = last_activations(self.network, clean, config.precision)
         self.order = activations.argsort(stable=True).tolist()  # least active first
-        self.total = len(self.order) + config.iterations
-        self.before = clean.accuracy(self.network, config.precision)
+        self.before, self.total = len(self.order), len(self.order) + config.iterations
+        self.unpruned = clean.accuracy(self.network, config.precision)
         self.pruned = 0
 
-    @property
-    def tuned(self) -> int:
-        """See ``TuningLoop``."""
-        return max(self.done - len(self.order), 0)
-
     def due(self) -> bool:
-        """See ``TuningLoop``; no row belongs between two channels."""
-        return self.done in (0, self.total) or (self.done >= len(self.order) and super().due())
+        """See ``TuningLoop``; another row belongs between pruning and tuning."""
+        return self.done == self.before or super().due()
 
     def steps(self) -> Iterator[int]:
         """See ``engine.drive.Loop``."""
-        while self.done < len(self.order):
+        while self.done < self.before:
             if self.done == self.pruned and self._prune(self.order[self.done]):
                 self.pruned += 1
             self.done += 1
@@ -101,7 +96,7 @@ class FinePruningLoop(TuningLoop):
         for part in parts:
             part[channel] = 0
         accuracy = self.clean.accuracy(self.network, self.config.precision)
-        if self.before - accuracy <= self.config.tolerance / 100 + 1e-9:
+        if self.unpruned - accuracy <= self.config.tolerance / 100 + 1e-9:
             return True
         for part, value in zip(parts, before, strict=True):
             part[channel] = value

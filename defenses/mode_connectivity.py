@@ -12,7 +12,7 @@ said to have lost the backdoor; Wu & Wang (NeurIPS 2021) report t = 0.3.
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -40,17 +40,11 @@ class ModeConnectivityLoop(TuningLoop):
     """First the fine-tuning that makes w_2, then the training of the middle w_1; ``network`` is what is trained."""
 
     def __init__(self, network: nn.Module, clean: CleanImages, config: "ModeConnectivity"):
-        self.end_loop = TuningLoop(network, clean, config.of_end())
-        super().__init__(network, clean, config)
+        self.end_loop = TuningLoop(network, clean, config.fine_tuning(config.end_iterations))
+        super().__init__(network, clean, config, before=config.end_iterations)
         self.optimizer = make_optimizer(self.network, replace(config, weight_decay=0.0))  # that of w(t) comes in update
         self.start = [parameter.detach().clone() for parameter in self.parameters]
         self.point = copy.deepcopy(self.network)  # the network w(t) of an update
-        self.total = config.end_iterations + config.iterations
-
-    @property
-    def tuned(self) -> int:
-        """See ``TuningLoop``."""
-        return max(self.done - self.config.end_iterations, 0)
 
     @property
     def end(self) -> nn.Module:
@@ -70,10 +64,6 @@ class ModeConnectivityLoop(TuningLoop):
     def _start_middle(self) -> None:
         for middle, start, end in zip(self.parameters, self.start, self.end.parameters(), strict=True):
             middle.copy_((start + end) / 2)
-
-    def due(self) -> bool:
-        """See ``TuningLoop``; the fine-tuning has no rows of its own but the first."""
-        return self.done in (0, self.total) or (self.done > self.config.end_iterations and super().due())
 
     def draw(self, generator: torch.Generator) -> tuple[Tensor, ...]:
         """Draw a batch and a place of the curve, t in 0..1, 0-dimensional."""
@@ -121,7 +111,7 @@ class ModeConnectivityLoop(TuningLoop):
 
     def current(self) -> nn.Module:
         """Return the network at the operating point; before the curve is there, the one being fine-tuned."""
-        return self.network_at(self.config.t) if self.done > self.config.end_iterations else self.end
+        return self.network_at(self.config.t) if self.tuned else self.end
 
     def candidates(self) -> dict[float, Callable[[], nn.Module]]:
         """See ``RepairLoop``."""
@@ -155,11 +145,6 @@ class ModeConnectivity(TuningConfig):
     end_iterations: int = setting(
         2000, "updates of the fine-tuning that makes the curve's other end", Range(1, 1e9), "--mcr-end-iter"
     )
-
-    def of_end(self) -> TuningConfig:
-        """Return the settings of the fine-tuning."""
-        shared = {each.name: getattr(self, each.name) for each in fields(TuningConfig)}
-        return TuningConfig(**{**shared, "iterations": self.end_iterations})
 
     def learning_rate(self, iteration: int) -> float:
         """See ``TuningConfig``."""

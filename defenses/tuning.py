@@ -1,7 +1,7 @@
 """SGD on batches of the defender's clean images, the base of every defence that trains."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -45,6 +45,11 @@ class TuningConfig(Defense):
     momentum: float = setting(0.9, "of the SGD", Range(0, 1, open_high=True))
     weight_decay: float = setting(5e-4, "of the SGD", Range(0))
 
+    def fine_tuning(self, iterations: int) -> "TuningConfig":
+        """Return the settings of a plain fine-tuning that is a part of this defence."""
+        shared = {each.name: getattr(self, each.name) for each in fields(TuningConfig)}
+        return TuningConfig(**{**shared, "iterations": iterations})
+
     def learning_rate(self, iteration: int) -> float:
         """Return the learning rate of an update, counted from 0."""
         return self.lr * (DROP if iteration >= DROP_AT * self.iterations else 1)
@@ -73,25 +78,29 @@ def _not_zero(parameter: Tensor) -> Tensor:
 
 
 class TuningLoop(RepairLoop):
-    """Updates of all weights from batches that depend on seed and iteration alone. Pruned neurons stay pruned."""
+    """Updates of all weights from batches that depend on seed and iteration alone. Pruned neurons stay pruned.
+
+    Args:
+        before: how many steps of another kind come first; they have no rows, but for the first of all.
+    """
 
     title, unit = "tuning", "update"
     columns = COLUMNS
     row_every = 500
 
-    def __init__(self, network: nn.Module, clean: CleanImages, config: TuningConfig):
+    def __init__(self, network: nn.Module, clean: CleanImages, config: TuningConfig, before: int = 0):
         super().__init__(network, clean, config)
         self.device, self.parameters = clean.images.device, list(self.network.parameters())
         self.optimizer = make_optimizer(self.network, config)
         self.means = Means(2, self.device)  # loss and accuracy
-        self.total = config.iterations
+        self.before, self.total = before, before + config.iterations
         self._pruned: list[tuple[nn.Parameter, Tensor]] | None = None
         self._run: Callable | None = None  # an update; on CUDA its recorded kernels
 
     @property
     def tuned(self) -> int:
         """Updates made so far."""
-        return self.done
+        return max(self.done - self.before, 0)
 
     @property
     def remedy(self) -> str:
@@ -158,7 +167,8 @@ class TuningLoop(RepairLoop):
 
     def due(self) -> bool:
         """A row belongs at the beginning, after every ``row_every`` updates, and at the end."""
-        return self.tuned % self.row_every == 0 or self.done == self.total
+        regular = self.done > self.before and self.tuned % self.row_every == 0
+        return regular or self.done in (0, self.total)
 
     def row(self) -> dict[str, Any]:
         """Return the means since the last row."""

@@ -318,7 +318,7 @@ def test_pruning_ends_with_the_last_good_network(bars, tolerance, pruned):
     """Channels 3 and 4 cost nothing, 2 and then 1 a third each, 0 nothing more: ties go to class 0."""
     network, clean = bars
     loop = FinePruning(iterations=1, batch_size=8, tolerance=tolerance).make_loop(network, clean)
-    before = loop.before
+    before = loop.unpruned
     list(itertools.islice(loop.steps(), 5))
     zeros = (loop.network.norm.weight == 0).nonzero().flatten().tolist()
     assert loop.done == 5 and loop.pruned == len(zeros) == pruned == loop.found()["pruned_neurons"]
