@@ -49,6 +49,8 @@ def collect(folder: Path) -> Result:
     if any(row["ASR"] is None for row in sweep) or all(row["threshold"] != PAPER_THRESHOLD for row in sweep):
         raise InputError(f"{folder}: expected a sweep past threshold {PAPER_THRESHOLD}, and an ASR in every row")
     card = read_json(folder / "repaired_model.json")
+    if lacking := {"metrics", "repair", "attack"} - card.keys():
+        raise InputError(f"{folder / 'repaired_model.json'}: no card of step 3, it lacks {', '.join(sorted(lacking))}")
     metrics = {"C-Acc": card["metrics"]["clean_accuracy"], "ASR": card["metrics"].get("attack_success_rate")}
     after = {"pruned": card["repair"]["pruned_neurons"], **metrics}
     return {**read_json(folder / "trigger_free.json"), "sweep": sweep, "after": after, "attack": card["attack"]}
@@ -117,21 +119,35 @@ def verdicts_table(results: dict[str, Result]) -> str:
 
 
 def summary_table(results: dict[str, Result]) -> str:
-    """For each rule: how often the ASR stays too high and, where it does not, what not knowing it costs."""
-    swept = [result for name, result in results.items() if result["sweep"] and name not in DEVELOPMENT]
+    """For each rule: how often the ASR stays too high, how high, and what not knowing it costs where it does not."""
+    swept = {name: result for name, result in results.items() if result["sweep"] and name not in DEVELOPMENT}
+    groups = {"zoo": [], "short training": []}
+    for name, result in swept.items():
+        groups["zoo" if (ROOT / "zoo" / name).is_dir() else "short training"].append(result)
     rows = []
-    for rule in choices(swept[0]) if swept else ():
-        chosen = [(choices(result)[rule], result) for result in swept]
-        costs = [oracle(result)["C-Acc"] - row["C-Acc"] for row, result in chosen if row["ASR"] <= tolerated(result)]
-        cost = f"{fmean(costs):.2f} (at most {max(costs):.2f})" if costs else "-"
-        rows.append([rule, f"{len(chosen) - len(costs)} of {len(chosen)}", cost])
-    return markdown(["choice", "ASR too high", "C-Acc lost against knowing it, where it is not"], rows)
+    for title, members in groups.items():
+        for rule in choices(members[0]) if members else ():
+            chosen = [(choices(result)[rule], result) for result in members]
+            costs = [oracle(each)["C-Acc"] - row["C-Acc"] for row, each in chosen if row["ASR"] <= tolerated(each)]
+            left = [row["ASR"] for row, result in chosen if row["ASR"] > tolerated(result)]
+            rows.append([title, rule, f"{len(left)} of {len(chosen)}", _mean_and_most(left), _mean_and_most(costs)])
+    lost = "C-Acc lost against knowing it, where it is not: mean (most)"
+    return markdown(["networks", "choice", "ASR too high", "ASR left there: mean (most)", lost], rows)
+
+
+def _mean_and_most(values: list[float]) -> str:
+    return f"{fmean(values):.2f} ({max(values):.2f})" if values else "-"
 
 
 def load(folder: Path = RESULTS) -> dict[str, Result]:
     """Return the results on file by network, the development's first; raises ``InputError`` for a damaged file."""
     names = sorted((path.stem for path in folder.glob("*.json")), key=lambda name: (name not in DEVELOPMENT, name))
-    return {name: read_json(folder / f"{name}.json") for name in names}
+    results = {}
+    for name in names:
+        results[name] = read_json(folder / f"{name}.json")
+        if lacking := {"detection", "stop", "sweep", "after", "attack"} - results[name].keys():
+            raise InputError(f"{folder / name}.json: no result, it lacks {', '.join(sorted(lacking))}; collect it anew")
+    return results
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -37,12 +37,17 @@ def sweep_row(mask, pruned, acc=90.0, asr=100.0):
 SWEEP = [sweep_row(None, 0), sweep_row(0.0, 2, 89), sweep_row(0.05, 4, 88, 50), sweep_row(0.1, 6, 87, 5)]
 BEYOND = sweep_row(0.2, 9, 86.12, 3.45)
 NEURONS = [Neuron(f"layer1.{layer}.bn1", index, index / 10) for layer in range(20) for index in range(11)]
+CURVES = {"neurons pruned (%)": [0, 5, 9], "images moved": [99, 40, 3.0], "accuracy": [90, 89, 80.0]}
 PIXELS = torch.full((3, 8, 8, 3), 7, dtype=torch.uint8)
 DRAW = {
     "training": lambda path: plots.plot_training(path, training_rows(3)),
     "images": lambda path: plots.plot_images(path, PIXELS, PIXELS + 5, ["a", "b", "c"]),
     "masks": lambda path: plots.plot_masks(path, NEURONS, 0.2),
     "sweep": lambda path: plots.plot_sweep(path, SWEEP, "threshold", BEYOND),
+    "trigger-free": lambda path: plots.plot_trigger_free(path, CURVES, 16.0, 5.5),
+    "detection": lambda path: plots.plot_detection(
+        path, ["a", "b", "c", "d"], {"x": [1.0, 2, 9, 1], "y": [0.5] * 4}, 2
+    ),
 }
 
 

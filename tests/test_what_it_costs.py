@@ -7,6 +7,7 @@ import pytest
 from benchmarks import trigger_free
 from tests.test_structure import ROOT
 from tests.test_trigger_free import step_3
+from utils.errors import InputError
 
 
 def row(pruned, threshold, defender, accuracy, asr):
@@ -50,9 +51,10 @@ def test_choices_that_know_no_asr():
 def test_too_high_an_asr_is_marked_and_costs_nothing():
     results = {"a": result(), "b": result(after=(7, 85.0, 4.0)), "blend-0": result()}
     lines = trigger_free.summary_table(results).splitlines()
-    assert lines[2] == "| without trigger | 1 of 2 | 1.00 (at most 1.00) |", (
-        "the network of the development is left out"
-    )
+    row = "| short training | without trigger | 1 of 2 | 6.50 (6.50) | 1.00 (1.00) |"
+    assert lines[2] == row, "the network of the development is left out"
+    of_the_zoo = trigger_free.summary_table({**results, "sig-0": result(after=(7, 86.0, 4.0))}).splitlines()
+    assert of_the_zoo[2] == "| zoo | without trigger | 0 of 1 | - | 0.00 (0.00) |" and row in of_the_zoo
     assert "| 82.00 / 6.50 * | 86.00 / 5.00 |" in trigger_free.repairs_table(results).splitlines()[2]
 
 
@@ -81,6 +83,18 @@ def test_what_a_run_of_step_3_found_is_kept(trained, tmp_path):
 def test_a_folder_without_a_run(tmp_path, capsys):
     assert trigger_free.main(["collect", str(tmp_path), str(tmp_path / "new" / "x.json")]) == 1
     assert "no such file" in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
+def test_damaged_files(trained, tmp_path, capsys):
+    assert step_3(trained, tmp_path, "--trigger-free", "--trigger-info", f"{trained}/trigger_info.th") == 0
+    (tmp_path / "repaired_model.json").write_text('{"repair": {}, "attack": {}}')
+    capsys.readouterr()
+    assert trigger_free.main(["collect", str(tmp_path), str(tmp_path / "x.json")]) == 1
+    assert "repaired_model.json: no card of step 3, it lacks metrics" in capsys.readouterr().err
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "a.json").write_text('{"detection": {}, "stop": null, "after": null}')
+    with pytest.raises(InputError, match=r"a\.json: no result, it lacks attack, sweep; collect it anew"):
+        trigger_free.load(tmp_path / "results")
 
 
 def test_the_page_shows_what_is_on_file(capsys):
