@@ -19,7 +19,7 @@ import argparse
 from collections.abc import Sequence
 from functools import partial
 
-from defenses.all_to_all import PER_CLASS
+from defenses.all_to_all import CLASSES, PER_CLASS
 from defenses.defense import CleanImages
 from defenses.detection import Detection, DetectionConfig, count_images, detect
 from engine.runtime import RuntimeConfig, choose_runtime
@@ -66,7 +66,9 @@ def run_detection(args: argparse.Namespace, run: Run) -> None:
     if count < config.noise_images:
         announce(f"a noise saw {count} images, not {config.noise_images}: there are no more of other classes")
     if not found.assignment:
-        announce(f"no assignment of {len(names)} classes: {len(clean)} clean images, it takes {PER_CLASS * len(names)}")
+        announce(
+            f"no assignment: it is known for {CLASSES} classes with {PER_CLASS} clean images each, or more of them"
+        )
     verdict = "backdoored" if found.backdoored else "no backdoor found"
     most = "the assignment of each class to another" if suspect is None else f"class {found.suspect} ({suspect})"
     announce(f"{verdict}: {most} stands out most, p = {found.p_value:.2g}")

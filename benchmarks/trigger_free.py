@@ -42,6 +42,8 @@ def collect(folder: Path) -> Result:
     """
     if (folder / "detection.json").exists():  # which knows no attack: it was run on benign networks alone
         found = read_json(folder / "detection.json")
+        if lacking := set(FOUND) - found.keys():
+            raise InputError(f"{folder / 'detection.json'}: it lacks {', '.join(sorted(lacking))}; detect anew")
         kept = {name: found[name] for name in FOUND}
         return {"detection": kept, "stop": None, "sweep": [], "after": None, "attack": {"poison_type": "benign"}}
     _, rows = finished_log(folder, "pruning_by_threshold")

@@ -8,13 +8,15 @@ others cancels, too, as it is once source and once target, while what an all-to-
 which has no pair in common with it.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-PER_CLASS = 40  # clean images, on average: with fewer the flow is noise
-# Mean and standard deviation of the statistic of nine benign networks, see docs/detection.md.
+# What the reference was measured with, see docs/detection.md: nine benign networks, mean and standard deviation.
+CLASSES, PER_CLASS = 10, 25  # of other numbers of classes nothing is known; images of each class at least
+EPS, STEPS = 0.025, 3  # of the noise, in float32
 BENIGN_MEAN, BENIGN_DEVIATION, BENIGN_COUNT = 0.01242, 0.00331, 9
 
 
@@ -26,7 +28,7 @@ class Assignment:
         targets: by class, the class that it is assigned to.
         flows: by class, its net flow to there, -1..1.
         ahead: mean of the flows, less that of the next assignment.
-        p_value: 0..1; how likely a benign network is that far ahead.
+        p_value: 0..1; how likely one more benign network of the kind is that far ahead.
     """
 
     targets: list[int]
@@ -36,25 +38,34 @@ class Assignment:
 
     @classmethod
     def of(cls, confusion: Tensor) -> "Assignment":
-        """Find it; ``ahead`` is compared with a gamma distribution that was fitted to benign networks.
+        """Find it, and compare ``ahead`` with the benign networks: Student's t of one more of them.
 
         Args:
-            confusion: float (K, K), K of 4 or more; how probable class t is for images of class s.
+            confusion: float (K, K), K of 4 or more; how probable class t is for images of class s. The p-value holds
+                for the ``CLASSES``, images and noise that the benign networks were measured with.
+
+        Raises:
+            ValueError: it has another shape, or values that are not finite.
         """
-        flow = (confusion - confusion.T).double()
+        from scipy.special import stdtr  # takes a while, and only detectors need it
+
+        count = len(confusion)
+        if confusion.shape != (count, count) or count < 4 or not bool(torch.isfinite(confusion).all()):
+            raise ValueError(f"confusion {tuple(confusion.shape)}; expected finite values (K, K), K of 4 or more")
+        confusion = confusion.detach().cpu().double()
+        flow, sources = confusion - confusion.T, torch.arange(count)
         flow.fill_diagonal_(-torch.inf)
-        targets, sources = best_assignment(flow), torch.arange(len(flow))
+        targets = _best_assignment(flow)
         flows = flow[sources, targets]
         flow[sources, targets] = -torch.inf
-        ahead = flows.mean() - flow[sources, best_assignment(flow)].mean()
-        mean = torch.tensor(BENIGN_MEAN, dtype=torch.float64)
-        variance = BENIGN_DEVIATION**2 * (1 + 1 / BENIGN_COUNT)  # of one more network of the kind
-        p_value = torch.special.gammaincc(mean.square() / variance, ahead.clamp_min(0) * mean / variance)
-        return cls(targets.tolist(), flows.tolist(), float(ahead), float(p_value))
+        ahead = float(flows.mean() - flow[sources, _best_assignment(flow)].mean())
+        deviation = BENIGN_DEVIATION * math.sqrt(1 + 1 / BENIGN_COUNT)
+        p_value = float(stdtr(BENIGN_COUNT - 1, (BENIGN_MEAN - ahead) / deviation))
+        return cls(targets.tolist(), flows.tolist(), ahead, p_value)
 
 
-def best_assignment(flow: Tensor) -> Tensor:
+def _best_assignment(flow: Tensor) -> Tensor:
     """Return the target of each class in the assignment of the largest sum: int64 (K,); -inf forbids a pair."""
-    from scipy.optimize import linear_sum_assignment  # takes a third of a second, and only detectors need it
+    from scipy.optimize import linear_sum_assignment
 
     return torch.from_numpy(linear_sum_assignment(flow.numpy(), maximize=True)[1])

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from data.augment import normalize
 from data.datasets import Normalization
-from defenses.all_to_all import PER_CLASS, Assignment
+from defenses.all_to_all import CLASSES, EPS, PER_CLASS, STEPS, Assignment
 from defenses.anp import assign
 from defenses.defense import CleanImages
 from engine.runtime import autocast
@@ -54,9 +54,6 @@ class DetectionConfig(Config):
     noise_eps: float = setting(0.2, "size of the noise relative to the weights", Range(0, open_low=True))
     noise_steps: int = setting(3, "ascent steps of the noise", Range(1, 1e6))
     noise_images: int = setting(200, "clean images of other classes for each class's noise", Range(2, 1e6))
-    assignment_eps: float = setting(
-        0.025, "size of the noise under which classes are assigned to each other", Range(0, open_low=True)
-    )
     seed: int = setting(0, "decides the random images", Range(0))
     precision: torch.dtype = one_of(torch.float32, torch.bfloat16)
 
@@ -101,7 +98,7 @@ class Detection:
         backdoored: the verdict.
         suspect: the class whose statistic stands out most; None where the assignment stands out more.
         p_value: of what stands out most, divided by its share of the level.
-        assignment: of each class to another one; None where there are too few clean images to tell.
+        assignment: of each class to another one; None where classes or clean images are not such as its reference has.
     """
 
     statistics: dict[str, Statistic]
@@ -291,14 +288,15 @@ def _reached(
 
 @torch.inference_mode(False)
 @torch.enable_grad()
-def confusion(network: nn.Module, clean: CleanImages, num_classes: int, config: DetectionConfig) -> Tensor:
+def confusion(network: nn.Module, clean: CleanImages, num_classes: int) -> Tensor:
     """Return how probable each class is for the images of each class, under noise that climbs their cross entropy.
+
+    All of it is computed in float32.
 
     Args:
         network: with neurons; it is not changed.
         clean: the defender's images.
         num_classes: K.
-        config: the settings.
 
     Returns:
         float32 (K, K), rows are the true classes; 0 in the row of a class without images.
@@ -307,11 +305,11 @@ def confusion(network: nn.Module, clean: CleanImages, num_classes: int, config: 
         InputError: as ``targeted_noise``.
     """
     clean.check_labels(num_classes)
-    layers, logits_of = _perturbable(network, num_classes, config.precision)
+    layers, logits_of = _perturbable(network, num_classes, torch.float32)
     inputs = torch.cat([inputs for inputs, _ in clean.batches()])  # (N, ...)
     pixels = inputs.shape[-2] * inputs.shape[-1] if inputs.dim() == 4 else 32 * 32
     parts = -(-len(inputs) * pixels // (TOGETHER * 32 * 32))
-    batches = list(zip(inputs.tensor_split(parts), clean.labels.tensor_split(parts), strict=True))
+    batches = [(inputs[first::parts], clean.labels[first::parts]) for first in range(parts)]  # each of all classes
     mask = torch.ones(sum(len(layer._parameters["weight"]) for layer in layers), device=inputs.device)
 
     def perturbed(noise: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -323,7 +321,7 @@ def confusion(network: nn.Module, clean: CleanImages, num_classes: int, config: 
         for logits, labels in perturbed(noise):
             yield F.cross_entropy(logits, labels, reduction="sum")
 
-    noise = _climb(away, mask, config.noise_steps, config.assignment_eps)
+    noise = _climb(away, mask, STEPS, EPS)
     found = torch.zeros(num_classes, num_classes, device=inputs.device)
     with torch.no_grad():
         for logits, labels in perturbed(noise):
@@ -348,7 +346,8 @@ def detect(
         num_classes: its classes, 4 or more.
         size: height and width of its images, in pixels.
         normalization: of its input.
-        clean: the defender's images; None: the margin alone, which needs none. The assignment takes 40 a class.
+        clean: the defender's images; None: the margin alone, which needs none. The assignment takes
+            ten classes and 25 images of each.
         config: the settings.
         tell: called with the name of each statistic before it is computed.
 
@@ -370,9 +369,9 @@ def detect(
         if clean is not None:
             tell("noise")
             statistics["noise"] = Statistic.of(targeted_noise(network, clean, num_classes, config))
-            if len(clean) >= PER_CLASS * num_classes:
+            if num_classes == CLASSES and int(torch.bincount(clean.labels, minlength=CLASSES).min()) >= PER_CLASS:
                 tell("assignment")
-                assignment = Assignment.of(confusion(network, clean, num_classes, config))
+                assignment = Assignment.of(confusion(network, clean, num_classes))
     finally:
         for module, training in modes:
             module.training = training

@@ -58,12 +58,12 @@ class Row:
 
     Attributes:
         count: of neurons pruned.
-        reached: 0..1; share of images of other classes that the patch sends to the suspected class; 0 without one.
+        reached: 0..1; share of images of other classes that the patch sends to the suspected class; None without one.
         accuracy: 0..1, on the images by which it judges.
     """
 
     count: int
-    reached: float
+    reached: float | None
     accuracy: float
 
 
@@ -74,14 +74,14 @@ class Stop:
     Attributes:
         count: of neurons to prune; None where no patch could be learnt, or no single class is under suspicion.
         abstained: no patch was learnt, or it had not failed at the accuracy cap, where the count then is.
-        learnt: 0..1; share of the images that the strongest patch moves in the untouched network.
+        learnt: 0..1; share of the images that the strongest patch moves in the untouched network; None without one.
         rows: all that were looked at up to the cap, by count.
         beyond: where it had not failed at the cap, the first point beyond at which it has; None if there is none.
     """
 
     count: int | None
     abstained: bool
-    learnt: float
+    learnt: float | None
     rows: list[Row]
     beyond: Row | None = None
 
@@ -124,11 +124,13 @@ class TriggerFree:
         )
         if not self.stop.abstained:
             return choice_of(neurons, self.stop.count, moved)
+        ended = self.stop.count == max(grid(len(neurons)))
         beyond = "it works wherever the search went"
         if self.stop.beyond:
-            accuracy = f"{100 * self.stop.beyond.accuracy:.1f} %"
-            beyond = f"it fails without {self.stop.beyond.count}, at an accuracy of {accuracy} on the defender's images"
-        return choice_of(neurons, self.stop.count, f"abstained at the accuracy cap: {moved}; {beyond}")
+            accuracy = f"{100 * self.stop.beyond.accuracy:.1f} % on the defender's images"
+            beyond = f"it fails where {self.stop.beyond.count} neurons are pruned, at an accuracy of {accuracy}"
+        where = "where the search ends" if ended else "at the accuracy cap"
+        return choice_of(neurons, self.stop.count, f"abstained {where}: {moved}; {beyond}")
 
     def curves(self, neurons: int) -> dict[str, list[float]]:
         """Return what the rule looked at, in percent, by what it is; ``neurons`` are there in all."""
@@ -287,7 +289,7 @@ def stop_of(
 
     counts = within(accuracy, len(neurons), config.accuracy_cap / 100)
     if suspect is None:
-        return Stop(None, True, 0.0, [Row(count, 0.0, accuracy(count)) for count in counts])
+        return Stop(None, True, None, [Row(count, None, accuracy(count)) for count in counts])
     target = torch.tensor([suspect] * config.patches)
     patches = learn_patches(logits_of(0), pixels[0], learn.labels, target, config, logits_of(counts[-1]))
     every, labels = torch.cat(pixels), torch.cat([part.labels for part in parts])
@@ -300,7 +302,8 @@ def stop_of(
     if reached(0) < LEARNT:
         return Stop(None, True, reached(0), rows)
     count, abstained = search(reached, counts, config.patch_left)
-    further = (count for count in grid(len(neurons)) if abstained and count > counts[-1])
-    failed = next((count for count in further if reached(count) <= config.patch_left), None)
-    beyond = None if failed is None else Row(failed, reached(failed), accuracy(failed))
+    further, beyond = [each for each in grid(len(neurons)) if each > counts[-1]], None
+    if abstained and further:
+        failed, never = search(reached, further, config.patch_left)
+        beyond = None if never else Row(failed, reached(failed), accuracy(failed))
     return Stop(count, abstained, reached(0), rows, beyond)

@@ -137,9 +137,9 @@ MUTATIONS = [
         ),
         (
             "detector: an assignment of a few images",
-            "if len(clean) >= PER_CLASS * num_classes:",
-            "if True:",
-            "test_detection.py -k few_images",
+            "minlength=CLASSES).min()) >= PER_CLASS:",
+            "minlength=CLASSES).max()) >= PER_CLASS:",
+            "test_detection.py -k without_a_reference",
         ),
         (
             "detector: noise of the last batch alone",

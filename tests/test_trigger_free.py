@@ -205,9 +205,8 @@ def test_what_it_would_cost_to_go_beyond_the_cap(monkeypatch):
     assert found.point.count == 1 and found.reason.startswith(
         "abstained at the accuracy cap: the patch for class 3 moves"
     )
-    assert found.reason.endswith(
-        f"fails without 4, at an accuracy of {100 * stop.beyond.accuracy:.1f} % on the defender's images"
-    )
+    accuracy = f"{100 * stop.beyond.accuracy:.1f} % on the defender's images"
+    assert found.reason.endswith(f"; it fails where 4 neurons are pruned, at an accuracy of {accuracy}")
     last = [*neurons[:3], *neurons[4:], neurons[3]]  # the grid ends at half of the neurons
     stop = rule(Backdoored(), last, accuracy_cap=5.0)
     found = TriggerFree(Detection({}, True, TARGET, 0.01), stop, TriggerFreeConfig()).choice(last)
@@ -257,7 +256,7 @@ def test_where_each_class_goes_to_another_it_is_the_papers_threshold_within_the_
     assert choice.reason.startswith(
         "abstained: classes go each to another, so no patch stands in for the trigger; the "
     )
-    assert {row.reached for row in found.stop.rows} == {0.0} and found.stop.rows[0].accuracy == 1
+    assert {row.reached for row in found.stop.rows} == {None} and found.stop.rows[0].accuracy == 1
 
 
 def test_the_choice_in_words(verdict):
