@@ -19,7 +19,8 @@ from utils.errors import InputError
 from utils.files import as_json, read_json, write_bytes
 
 RESULTS = ROOT / "results" / "trigger_free"
-DEVELOPMENT = ("badnets-0", "badnets-1", "blend-0")  # on which the rule's constants were fixed
+# On the first three the rule's constants were fixed, on the others the detector's assignment was made.
+DEVELOPMENT = ("badnets-0", "badnets-1", "blend-0", "badnets-all-0", "iab-all-0")
 TOLERANCE, ABOVE_BEST = 5.0, 1.0  # percent; an ASR that is low enough: up to the larger of 5 and 1 above the least
 COLUMNS = {
     "pruned": "pruned",

@@ -6,7 +6,6 @@ torchvision, which is imported where it is needed: that takes as long as importi
 
 import csv
 import hashlib
-import importlib.util
 import io
 import pickle
 from collections.abc import Callable
@@ -147,13 +146,7 @@ def read_cifar100(root: Path) -> Parts:
 
 
 def read_svhn(root: Path) -> Parts:
-    """Read SVHN (Netzer et al. 2011), cropped digits without the extra set; label 0 is the digit 0.
-
-    Raises:
-        InputError: as ``read_cifar10``, or SciPy, which reads its files, is not installed.
-    """
-    if importlib.util.find_spec("scipy") is None:
-        raise InputError("--dataset svhn: its .mat files are read with SciPy, which is not there: pip install scipy")
+    """Read SVHN (Netzer et al. 2011), cropped digits without the extra set; 0 is the digit 0. As ``read_cifar10``."""
     from torchvision.datasets import SVHN
 
     try:

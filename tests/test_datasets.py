@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import importlib.util
 import json
 import pickle
 import shutil
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy import io
 from torchvision.datasets import GTSRB, SVHN, ImageFolder
 
 import evaluate_cifar as evaluate
@@ -83,7 +83,6 @@ def write_cifar100(root, patch):
 
 @layout("svhn", 10, flip=False)
 def write_svhn(root, patch):
-    io = pytest.importorskip("scipy.io")
     root.mkdir(parents=True)
     splits = {}
     for split, count in (("train", TRAIN), ("test", TEST)):
@@ -239,8 +238,6 @@ def test_signs_are_torchvisions_resized_to_32(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "synthetic"])
 def test_a_dataset_that_is_not_there(name, tmp_path, monkeypatch):
-    if name == "svhn":
-        pytest.importorskip("scipy")
     offline(monkeypatch)
     with pytest.raises(InputError) as caught:
         load_dataset(name, tmp_path / "nowhere")
@@ -306,12 +303,6 @@ def test_archives_are_fetched_with_their_checksums(tmp_path, monkeypatch):
     assert len(load_dataset("gtsrb", tmp_path).train) == 43
     place = str(tmp_path / "gtsrb")
     assert fetched == [(f"GTSRB_Final_{part}.zip", place, 32) for part in ("Training_Images", "Test_Images", "Test_GT")]
-
-
-def test_svhn_without_scipy(monkeypatch, tmp_path):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match="pip install scipy"):
-        load_dataset("svhn", tmp_path)
 
 
 # ---- names
