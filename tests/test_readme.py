@@ -203,3 +203,20 @@ def test_folders_of_the_code_are_described():
     described = set(re.findall(r"`(\w+)/`", DOCUMENTS["docs/files.md"].partition("## The code")[2]))
     packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
     assert packages <= described and all((ROOT / name).is_dir() for name in described)
+
+
+def cells_of(line):
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+def test_the_mean_changes_are_those_of_the_table():
+    lines = (ROOT / "results" / "tables" / "main" / "table.md").read_text().splitlines()
+    known = {cells_of(line)[0]: cells_of(line)[-1] for line in lines if line.startswith("| ")}
+    start = README.index("| | ANP, threshold 0.2")
+    names, _, accuracy, rate = map(cells_of, README[start:].splitlines()[:4])
+    shown = dict(zip(names[1:], map(" / ".join, zip(accuracy[1:], rate[1:], strict=True)), strict=True))
+    page = [line for line in DOCUMENTS["docs/defenses.md"].splitlines() if re.match(r"\| .* \| [-+]\d", line)]
+    shown |= {f"{name} ": f"{change} / {asr}" for name, change, asr, _ in map(cells_of, page)}
+    assert len(shown) == 9 + 11
+    for name, change in shown.items():
+        assert known[name.removesuffix(" ").removesuffix(", threshold 0.2")] == change, name
