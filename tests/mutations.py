@@ -112,8 +112,8 @@ MUTATIONS = [
         ),
         (
             "detector: noise away from the class",
-            "loss = -F.cross_entropy",
-            "loss = F.cross_entropy",
+            "yield -F.cross_entropy",
+            "yield F.cross_entropy",
             "test_detection.py -k neuron_that",
         ),
         (
@@ -1331,12 +1331,6 @@ MUTATIONS = [
             "if Path(name).name != name",
             "if not name",
             "test_datasets.py -k belong_together",
-        ),
-        (
-            "published: SciPy is always there",
-            'find_spec("scipy") is None',
-            'find_spec("scipy") is False',
-            "test_datasets.py -k without_scipy",
         ),
     ),
     *_of(
