@@ -145,7 +145,7 @@ MUTATIONS = [
             "detector: noise of the last batch alone",
             "slopes = [slope + each for slope",
             "slopes = [each for slope",
-            "test_detection.py -k several_batches",
+            "test_detection.py -k climbs_the_sum",
         ),
         (
             "detector: images of the class itself",

@@ -14,7 +14,16 @@ from benchmarks.trigger_free import suspected
 from data.datasets import Normalization
 from defenses.all_to_all import BENIGN_COUNT, BENIGN_DEVIATION, BENIGN_MEAN, Assignment
 from defenses.defense import CleanImages
-from defenses.detection import Detection, DetectionConfig, Statistic, confusion, detect, margins, targeted_noise
+from defenses.detection import (
+    Detection,
+    DetectionConfig,
+    Statistic,
+    _climb,
+    confusion,
+    detect,
+    margins,
+    targeted_noise,
+)
 from tests.test_structure import ROOT
 from utils.errors import InputError
 
@@ -286,6 +295,13 @@ def test_images_that_take_several_batches(monkeypatch):
     monkeypatch.setattr(nn.Linear, "forward", lambda layer, x: (seen.append(len(x)), x @ layer.weight.T)[1])
     torch.testing.assert_close(confusion(network, clean, 10), together, atol=0.01, rtol=0)
     assert set(seen) == {100}
+
+
+def test_noise_climbs_the_sum_over_several_batches():
+    """Their slopes disagree: the first batch's is twice the last one's, which has the other sign."""
+    moved, still = _climb(lambda noise: (way * noise[0].sum() for way in (2, -1)), torch.zeros(2), steps=3, eps=0.1)
+    assert moved.tolist() == pytest.approx([0.1, 0.1])
+    assert still.tolist() == [0, 0]
 
 
 def test_classes_and_images_without_a_reference_have_no_assignment():
