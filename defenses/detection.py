@@ -12,7 +12,8 @@ as ANP perturbs them away from the truth (Wu & Wang, NeurIPS 2021, equation 4), 
 Where every class is the target of another one, no class stands out; ``defenses.all_to_all`` looks for that.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -128,10 +129,15 @@ class Detection:
         }
 
 
-def _groups(count: int, each: int, size: tuple[int, int]) -> Iterator[Tensor]:
+def _at_once(size: Sequence[int]) -> int:
+    """Return how many inputs one pass computes; ``size`` is the height and width of images, else something else."""
+    height, width = size if len(size) == 2 else (32, 32)
+    return max(1, TOGETHER * 32 * 32 // (height * width))
+
+
+def _groups(count: int, each: int, size: Sequence[int]) -> Iterator[Tensor]:
     """Yield the classes in groups of which one pass computes all images, ``each`` of a class."""
-    images = max(1, TOGETHER * 32 * 32 // (size[0] * size[1]))
-    yield from torch.arange(count).split(max(1, images // each))
+    yield from torch.arange(count).split(max(1, _at_once(size) // each))
 
 
 def _logits(network: nn.Module, num_classes: int, precision: torch.dtype, inputs: Tensor) -> Tensor:
@@ -230,8 +236,7 @@ def targeted_noise(network: nn.Module, clean: CleanImages, num_classes: int, con
     grouped = all(type(layer) is NoisyBatchNorm for layer in layers)
     inputs = torch.cat([inputs for inputs, _ in clean.batches()])  # (N, ...)
     count, found = count_images(clean, num_classes, config), []
-    size = tuple(inputs.shape[-2:]) if inputs.dim() == 4 else (32, 32)
-    for group in _groups(num_classes, count, size) if grouped else torch.arange(num_classes).split(1):
+    for group in _groups(num_classes, count, inputs.shape[2:]) if grouped else torch.arange(num_classes).split(1):
         index = torch.cat([(clean.labels != int(target)).nonzero()[:count, 0] for target in group])  # (G * count,)
         targets = group.repeat_interleave(count).to(inputs.device)
         found.append(_reached(logits_of, layers, inputs[index], targets, len(group), config))
@@ -307,8 +312,7 @@ def confusion(network: nn.Module, clean: CleanImages, num_classes: int) -> Tenso
     clean.check_labels(num_classes)
     layers, logits_of = _perturbable(network, num_classes, torch.float32)
     inputs = torch.cat([inputs for inputs, _ in clean.batches()])  # (N, ...)
-    pixels = inputs.shape[-2] * inputs.shape[-1] if inputs.dim() == 4 else 32 * 32
-    parts = -(-len(inputs) * pixels // (TOGETHER * 32 * 32))
+    parts = math.ceil(len(inputs) / _at_once(inputs.shape[2:]))
     batches = [(inputs[first::parts], clean.labels[first::parts]) for first in range(parts)]  # each of all classes
     mask = torch.ones(sum(len(layer._parameters["weight"]) for layer in layers), device=inputs.device)
 
