@@ -2,15 +2,15 @@
 
 The detector names a class under suspicion. A patch of bounded size is learnt that sends images to that class in the
 untouched network, but not in one pruned as far as its accuracy allows: so it uses what pruning can remove, as the
-trigger does, and no natural features of the class. Then the network is pruned until the patch fails. The constants were
-fixed on three networks; docs/trigger_free.md says which.
+trigger does, and no natural features of the class. Then the network is pruned up to the paper's threshold, and further
+until the patch fails. docs/trigger_free.md says on which networks all that was fixed.
 """
 
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any
 
 import torch
@@ -124,7 +124,7 @@ class TriggerFree:
         )
         if not self.stop.abstained:
             return choice_of(neurons, self.stop.count, moved)
-        ended = self.stop.count == max(grid(len(neurons)))
+        ended = self.stop.count >= max(grid(len(neurons)))
         beyond = "it works wherever the search went"
         if self.stop.beyond:
             accuracy = f"{100 * self.stop.beyond.accuracy:.1f} % on the defender's images"
@@ -162,34 +162,30 @@ def grid(neurons: int) -> Iterator[int]:
         share *= GROWTH
 
 
-def within(accuracy: Callable[[int], float], neurons: int, cap: float) -> list[int]:
-    """Return the counts of the grid up to the last before accuracy falls by more than the cap.
+def within(accuracy: Callable[[int], float], points: list[int], cap: float) -> list[int]:
+    """Return the points up to the last before accuracy falls by more than the cap.
 
     Args:
         accuracy: of the network without so many neurons, 0..1.
-        neurons: how many there are.
+        points: counts of neurons, rising from 0.
         cap: of the drop, 0..1.
     """
-    counts, floor = [], accuracy(0) - cap - 1e-9
-    for count in grid(neurons):
-        if accuracy(count) < floor:
-            break
-        counts.append(count)
-    return counts
+    lowest = accuracy(0) - cap - 1e-9
+    return list(takewhile(lambda count: accuracy(count) >= lowest, points))
 
 
 def search(reached: Callable[[int], float], counts: list[int], left: float) -> tuple[int, bool]:
-    """Find the first point of the grid at which the patches have failed, there and at the next one, if there is one.
+    """Find the first point at which the patches have failed, there and at the next one, if there is one.
 
     The point is not refined towards the one before, since patches fail a little before the trigger does.
 
     Args:
         reached: share of images that the strongest patch moves in the network without so many neurons.
-        counts: the grid, rising from 0.
+        counts: of neurons, rising.
         left: a patch has failed that moves at most this share.
 
     Returns:
-        The count, and whether it is only the last of the grid, since they do not fail.
+        The count, and whether it is only the last, since they do not fail.
     """
     failed = [reached(count) <= left for count in counts]
     first = next((number for number, pair in enumerate(pairwise([*failed, True])) if all(pair)), None)
@@ -287,7 +283,9 @@ def stop_of(
     def accuracy(count: int) -> float:
         return judge.accuracy(pruned_copy(network, neurons[:count]), precision)
 
-    counts = within(accuracy, len(neurons), config.accuracy_cap / 100)
+    paper = threshold_point(neurons, PAPER_THRESHOLD).count
+    points = sorted({*grid(len(neurons)), paper})
+    counts = within(accuracy, points, config.accuracy_cap / 100)
     if suspect is None:
         return Stop(None, True, None, [Row(count, None, accuracy(count)) for count in counts])
     target = torch.tensor([suspect] * config.patches)
@@ -301,8 +299,9 @@ def stop_of(
     rows = [Row(count, reached(count), accuracy(count)) for count in counts]
     if reached(0) < LEARNT:
         return Stop(None, True, reached(0), rows)
-    count, abstained = search(reached, counts, config.patch_left)
-    further, beyond = [each for each in grid(len(neurons)) if each > counts[-1]], None
+    floor = min(paper, counts[-1])  # patches fail before some triggers do
+    count, abstained = search(reached, [each for each in counts if each >= floor], config.patch_left)
+    further, beyond = [each for each in points if each > counts[-1]], None
     if abstained and further:
         failed, never = search(reached, further, config.patch_left)
         beyond = None if never else Row(failed, reached(failed), accuracy(failed))

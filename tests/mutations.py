@@ -91,9 +91,21 @@ MUTATIONS = [
         ),
         (
             "trigger-free: no cap",
-            "if accuracy(count) < floor:",
-            "if False:",
+            "lowest = accuracy(0) - cap",
+            "lowest = -1",
             "test_trigger_free.py -k grid_ends",
+        ),
+        (
+            "trigger-free: fewer than the paper's threshold",
+            "[each for each in counts if each >= floor]",
+            "counts",
+            "test_trigger_free.py -k at_least",
+        ),
+        (
+            "trigger-free: the paper's threshold is no point",
+            "sorted({*grid(len(neurons)), paper})",
+            "list(grid(len(neurons)))",
+            "test_trigger_free.py -k at_least",
         ),
     ),
     *_of(

@@ -50,10 +50,14 @@ def clean_images(count=120, seed=0):
     return CleanImages(images, labels)
 
 
-def neurons_of(first=CLASSES):
+def in_order(order, papers=1):
+    """The neurons with these indices, sorted by mask; so many masks are within the paper's threshold."""
+    return [Neuron("norm", index, 0.2 + 0.1 * (place - papers + 1)) for place, index in enumerate(order)]
+
+
+def neurons_of(papers=1):
     """All neurons, that of the corner first, then the one without a task, then the classes'."""
-    order = [first, *(index for index in (CLASSES + 1, *range(CLASSES + 1)) if index != first)]
-    return [Neuron("norm", index, 0.1 * place) for place, index in enumerate(order)]
+    return in_order([CLASSES, CLASSES + 1, *range(CLASSES)], papers)
 
 
 QUICK = {"patch_share": CORNER, "patch_steps": 300}
@@ -157,9 +161,9 @@ def test_a_patch_that_never_fails_ends_at_the_cap():
 
 
 def test_the_grid_ends_before_the_cap():
-    counts = within(lambda count: 0.9 - count / 1000, 1200, 0.1)
-    assert counts[0] == 0 and counts[-1] <= 100 < counts[-1] * 1.3
-    assert within(lambda count: 0.9 if count == 0 else 0.1, 1200, 0.1) == [0]
+    assert within(lambda count: 0.9 - count / 1000, [0, 50, 99, 101, 102], 0.1) == [0, 50, 99]
+    recovers = {0: 0.9, 1: 0.1, 2: 0.9}
+    assert within(recovers.__getitem__, [0, 1, 2], 0.1) == [0]
 
 
 # ---- the rule
@@ -178,10 +182,17 @@ def test_pruning_stops_when_the_trigger_is_gone():
     assert rows[0].accuracy == rows[1].accuracy == 1
 
 
+def test_pruning_goes_at_least_to_the_papers_threshold_within_the_cap():
+    """Though the patch has failed before, and where no point of the grid is there; the third neuron is a class's."""
+    stop = rule(Backdoored(), neurons_of(papers=3), accuracy_cap=40.0)
+    assert (stop.count, stop.abstained, stop.rows[-1].count) == (3, False, 4)
+    assert rule(Backdoored(), neurons_of(papers=3), accuracy_cap=5.0).count == 2
+    assert 5 not in grid(CLASSES + 2) and rule(Backdoored(), neurons_of(papers=5), accuracy_cap=100.0).count == 5
+
+
 def test_a_backdoor_behind_the_accuracy_cap_is_said_to_be_there():
     """The neuron of the corner comes after that of a class, which costs a sixth of the accuracy."""
-    order = [CLASSES + 1, 0, CLASSES, *range(1, CLASSES)]
-    neurons = [Neuron("norm", index, 0.1 * place) for place, index in enumerate(order)]
+    neurons = in_order([CLASSES + 1, 0, CLASSES, *range(1, CLASSES)], papers=3)
     stop = rule(Backdoored(), neurons, accuracy_cap=5.0)
     assert (stop.count, stop.abstained) == (None, True) and stop.learnt < 0.5
     assert not rule(Backdoored(), neurons, accuracy_cap=30.0).abstained
@@ -196,8 +207,7 @@ def test_what_it_would_cost_to_go_beyond_the_cap(monkeypatch):
 
     learn = module.learn_patches
     monkeypatch.setattr(module, "learn_patches", lambda *given: learn(*given[:-1]))
-    order = [CLASSES + 1, 0, 1, CLASSES, *range(2, CLASSES)]
-    neurons = [Neuron("norm", index, 0.1 * place) for place, index in enumerate(order)]
+    neurons = in_order([CLASSES + 1, 0, 1, CLASSES, *range(2, CLASSES)])
     stop = rule(Backdoored(), neurons, accuracy_cap=5.0)
     assert (stop.count, stop.abstained, stop.beyond.count) == (1, True, 4) and stop.rows[-1].count == 1
     assert stop.beyond.reached <= 0.16 and stop.beyond.accuracy == pytest.approx(4 / 6, abs=0.02)
@@ -207,7 +217,7 @@ def test_what_it_would_cost_to_go_beyond_the_cap(monkeypatch):
     )
     accuracy = f"{100 * stop.beyond.accuracy:.1f} % on the defender's images"
     assert found.reason.endswith(f"; it fails where 4 neurons are pruned, at an accuracy of {accuracy}")
-    last = [*neurons[:3], *neurons[4:], neurons[3]]  # the grid ends at half of the neurons
+    last = in_order([CLASSES + 1, 0, 1, *range(2, CLASSES), CLASSES])  # the grid ends at half of the neurons
     stop = rule(Backdoored(), last, accuracy_cap=5.0)
     found = TriggerFree(Detection({}, True, TARGET, 0.01), stop, TriggerFreeConfig()).choice(last)
     assert stop.beyond is None and found.reason.endswith("; it works wherever the search went")
@@ -252,7 +262,7 @@ def test_where_each_class_goes_to_another_it_is_the_papers_threshold_within_the_
     config = TriggerFreeConfig(**QUICK, accuracy_cap=100.0)
     found = choose_trigger_free(Backdoored(), neurons_of(), CLASSES, PLAIN, clean_images(), None, config)
     choice = found.choice(neurons_of())
-    assert choice.point.count == min(found.stop.rows[-1].count, sum(each.mask <= 0.2 for each in neurons_of())) > 0
+    assert choice.point.count == min(found.stop.rows[-1].count, 1)
     assert choice.reason.startswith(
         "abstained: classes go each to another, so no patch stands in for the trigger; the "
     )
@@ -266,7 +276,7 @@ def test_the_choice_in_words(verdict):
     config = TriggerFreeConfig(**QUICK)
     found = choose_trigger_free(network, neurons_of(), CLASSES, PLAIN, clean_images(), None, config)
     choice = found.choice(neurons_of())
-    assert choice.point.count == 1 and choice.words == "prune the 1 neurons of smallest mask, up to 0"
+    assert choice.point.count == 1 and choice.words == "prune the 1 neurons of smallest mask, up to 0.2"
     assert choice.reason.startswith("the patch for class 3 moves 0 % of other classes' images there, ")
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert json.loads(json.dumps(found.as_dict()))["stop"]["count"] == 1
