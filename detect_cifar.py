@@ -62,6 +62,7 @@ def run_detection(args: argparse.Namespace, run: Run) -> None:
     written = {**found.as_dict(), "suspect_name": suspect, "clean_images": len(clean), "noise_images": count}
     card = {name: subject.card[name] for name in ("dataset", "normalization", "repaired_from")}
     facts = {"seconds": round(run.seconds, 1), "command": run.command, "versions": versions()}
+    facts["runtime"] = runtime.facts()
     write_bytes(run.folder / "detection.json", as_json({**written, "settings": run.options, "network": card, **facts}))
     if count < config.noise_images:
         announce(f"a noise saw {count} images, not {config.noise_images}: there are no more of other classes")

@@ -1,6 +1,6 @@
 """What not knowing the trigger costs: step 3 with --trigger-free against the choices of somebody who knows more.
 
-Keep what a run of step 3 with --trigger-free, or of the detector, found out about a network:
+Keep what a run of step 3 with --trigger-free found out about a network:
     python -m benchmarks.trigger_free collect ./save/trigger_free/sig-1 results/trigger_free/sig-1.json
 
 Print the tables of docs/trigger_free.md:
@@ -13,7 +13,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.tables import ROOT, TITLES, finished_log, markdown
+from benchmarks.detection import suspected
+from benchmarks.tables import ROOT, finished_log, markdown
 from defenses.pruning import PAPER_THRESHOLD, largest_within_drop
 from utils.errors import InputError
 from utils.files import as_json, read_json, write_bytes
@@ -29,24 +30,17 @@ COLUMNS = {
     "C-Acc": "C-Acc %",
     "ASR": "ASR %",
 }
-FOUND = ("backdoored", "suspect", "p_value", "statistics", "assignment")  # of detection.json
 BUDGETS = (1, 2, 3)  # points of the defender's accuracy
 
 Result = dict[str, Any]
 
 
 def collect(folder: Path) -> Result:
-    """Return what step 3, or the detector, wrote to a folder.
+    """Return what step 3 wrote to a folder.
 
     Raises:
         InputError: a file is missing or damaged, or the run has not ended.
     """
-    if (folder / "detection.json").exists():  # which knows no attack: it was run on benign networks alone
-        found = read_json(folder / "detection.json")
-        if lacking := set(FOUND) - found.keys():
-            raise InputError(f"{folder / 'detection.json'}: it lacks {', '.join(sorted(lacking))}; detect anew")
-        kept = {name: found[name] for name in FOUND}
-        return {"detection": kept, "stop": None, "sweep": [], "after": None, "attack": {"poison_type": "benign"}}
     _, rows = finished_log(folder, "pruning_by_threshold")
     sweep = [{name: row[column] for name, column in COLUMNS.items()} for row in rows]
     if any(row["ASR"] is None for row in sweep) or all(row["threshold"] != PAPER_THRESHOLD for row in sweep):
@@ -88,13 +82,6 @@ def _judged(row: Result, result: Result) -> str:
     return _pair(row) + ("" if row["ASR"] <= tolerated(result) else " *")
 
 
-def suspected(found: Result) -> str:
-    """Return what a detection calls backdoored; nothing where that is nothing."""
-    if not found["backdoored"]:
-        return ""
-    return "each to another" if found["suspect"] is None else f"class {found['suspect']}"
-
-
 def repairs_table(results: dict[str, Result]) -> str:
     """One row for each backdoored network of which there is a sweep."""
     rows = []
@@ -107,18 +94,6 @@ def repairs_table(results: dict[str, Result]) -> str:
             rows.append([f"`{name}`", said + abstained, _pair(result["sweep"][0]), *cells, _pair(oracle(result))])
     rules = ["without trigger", f"threshold {PAPER_THRESHOLD:g}", *(f"{drop} points" for drop in BUDGETS)]
     return markdown(["network", "suspected", "before", *rules, "knows the ASR"], rows)
-
-
-def verdicts_table(results: dict[str, Result]) -> str:
-    """One row for each network: attack, target, class under suspicion and p-value."""
-    rows = []
-    for name, result in results.items():
-        attack, found = result["attack"], result["detection"]
-        target = attack.get("poison_target")
-        said = suspected(found) or "-"
-        is_target = "-" if target is None else f"class {target}"
-        rows.append([f"`{name}`", TITLES[attack["poison_type"]], is_target, said, f"{found['p_value']:.2g}"])
-    return markdown(["network", "attack", "target", "suspected", "p"], rows)
 
 
 def summary_table(results: dict[str, Result]) -> str:
@@ -174,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
             write_bytes(args.output, content)
         else:
             results = load()
-            print(verdicts_table(results), repairs_table(results), summary_table(results), sep="\n")
+            print(repairs_table(results), summary_table(results), sep="\n")
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

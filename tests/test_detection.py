@@ -10,7 +10,6 @@ from scipy import stats
 from torch import nn
 
 import detect_cifar
-from benchmarks.trigger_free import suspected
 from data.datasets import Normalization
 from defenses.all_to_all import BENIGN_COUNT, BENIGN_DEVIATION, BENIGN_MEAN, Assignment
 from defenses.defense import CleanImages
@@ -419,21 +418,3 @@ def test_a_trigger_cannot_be_given(trained, tmp_path, capsys):
         with pytest.raises(SystemExit):
             detect_cifar.main(command(trained, tmp_path, flag, f"{trained}/trigger_info.th"))
         assert f"unrecognized arguments: {flag}" in capsys.readouterr().err
-
-
-def test_the_documentation_shows_what_was_found():
-    page = (ROOT / "docs" / "detection.md").read_text()
-    files = sorted((ROOT / "results" / "detection").glob("*.json"))
-    assert len(files) == page.count("\n| `")
-    for file in files:
-        found = json.loads(file.read_text())
-        statistics = {name: Statistic(**parts) for name, parts in found["statistics"].items()}
-        assignment = Assignment(**found["assignment"])
-        assert Detection.of(statistics, DetectionConfig.level, assignment).as_dict() == found
-        margin, noise = (
-            f"{part.suspect}: {factor * max(part.values):.1f} ({part.p_value:.2g})"
-            for part, factor in ((statistics["margin"], 1), (statistics["noise"], 100))
-        )
-        ahead = f"{100 * assignment.ahead:.2f} ({assignment.p_value:.2g})"
-        verdict = suspected(found) or "-"
-        assert f"| `{file.stem}` | {margin} | {noise} | {ahead} | {found['p_value']:.2g} | {verdict} |" in page

@@ -66,7 +66,6 @@ def test_a_network_that_was_only_looked_at():
         "stop": None,
     }
     results = {"x": {**benign, "attack": {"poison_type": "benign"}}}
-    assert trigger_free.verdicts_table(results).splitlines()[2] == "| `x` | benign (no backdoor) | - | - | 0.4 |"
     assert len(trigger_free.repairs_table(results).splitlines()) == 2
 
 
@@ -102,6 +101,6 @@ def test_the_page_shows_what_is_on_file(capsys):
     text = (ROOT / "docs" / "trigger_free.md").read_text()
     assert trigger_free.main(["table"]) == 0
     printed = capsys.readouterr().out
-    for table in (trigger_free.verdicts_table, trigger_free.repairs_table, trigger_free.summary_table):
+    for table in (trigger_free.repairs_table, trigger_free.summary_table):
         assert table(results) in text and table(results) in printed
     assert set(trigger_free.DEVELOPMENT) <= set(results)

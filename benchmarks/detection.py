@@ -1,0 +1,146 @@
+"""What the detector finds in networks of known attack: the tables of docs/detection.md.
+
+Keep what a run of the detector found; the network's card is kept under the same name in results/networks/:
+    python -m benchmarks.detection collect ./save/detection results/detection/blend-t5-s120.json
+
+Print the tables:
+    python -m benchmarks.detection table
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.tables import ROOT, TITLES, markdown
+from utils.errors import InputError
+from utils.files import as_json, read_json, write_bytes
+
+RESULTS, NETWORKS, ZOO = ROOT / "results" / "detection", ROOT / "results" / "networks", ROOT / "zoo"
+TAKEN = 50.0  # percent; with a lower ASR an attack has not taken hold, and its network counts as neither
+FOUND = ("backdoored", "suspect", "p_value", "statistics", "assignment")  # what is kept of detection.json
+REMEMBERED = ("runtime", "seconds", "versions")  # kept, too; the oldest files lack it
+
+Result = dict[str, Any]
+
+
+def collect(folder: Path) -> Result:
+    """Return what the detector wrote to a folder.
+
+    Raises:
+        InputError: there is no detection.json, or it is damaged.
+    """
+    found = read_json(folder / "detection.json")
+    if lacking := {*FOUND, *REMEMBERED} - found.keys():
+        raise InputError(f"{folder / 'detection.json'}: it lacks {', '.join(sorted(lacking))}; detect anew")
+    return {name: found[name] for name in (*FOUND, *REMEMBERED)}
+
+
+def load(folder: Path = RESULTS) -> dict[str, Result]:
+    """Return the results on file by network, with attack and metrics of the network's card.
+
+    Raises:
+        InputError: a file is damaged, or a network has no card.
+    """
+    results = {}
+    for path in sorted(folder.glob("*.json")):
+        found = read_json(path)
+        if lacking := set(FOUND) - found.keys():
+            raise InputError(f"{path}: no result, it lacks {', '.join(sorted(lacking))}; collect it anew")
+        own = ZOO / path.stem / "last_model.json"
+        card = read_json(own if own.exists() else NETWORKS / path.name)
+        results[path.stem] = {**found, "attack": card["attack"], "metrics": card["metrics"]}
+    return results
+
+
+def suspected(found: Result) -> str:
+    """Return what a detection calls backdoored; nothing where that is nothing."""
+    if not found["backdoored"]:
+        return ""
+    return "each to another" if found["suspect"] is None else f"class {found['suspect']}"
+
+
+def is_backdoored(result: Result) -> bool | None:
+    """Return whether a network is backdoored; None where an attack has not taken hold."""
+    asr = result["metrics"].get("attack_success_rate")
+    return False if asr is None else True if asr >= TAKEN else None
+
+
+def is_right(result: Result) -> bool:
+    """Return whether a backdoored network was called so, for its class or, all-to-all, for no single one."""
+    return result["backdoored"] and result["suspect"] == result["attack"].get("poison_target")
+
+
+def networks_table(results: dict[str, Result]) -> str:
+    """One row for each network: class, value and p-value of both statistics' largest, the assignment's lead."""
+    rows = []
+    for name, result in results.items():
+        metrics = result["metrics"]
+        asr = metrics.get("attack_success_rate")
+        cells = [f"`{name}`", f"{metrics['clean_accuracy']:.2f}" + ("" if asr is None else f" / {asr:.2f}")]
+        for statistic, factor in (("margin", 1), ("noise", 100)):
+            found = result["statistics"][statistic]
+            largest = factor * found["values"][found["suspect"]]
+            cells.append(f"{found['suspect']}: {largest:.1f} ({found['p_value']:.2g})")
+        assignment = result["assignment"]
+        cells.append(f"{100 * assignment['ahead']:.2f} ({assignment['p_value']:.2g})")
+        rows.append([*cells, f"{result['p_value']:.2g}", suspected(result) or "-"])
+    return markdown(["network", "C-Acc / ASR", "margin", "noise, %", "assignment, %", "p", "suspected"], rows)
+
+
+def counts_table(results: dict[str, Result]) -> str:
+    """One row for each attack: how many networks of it were called backdoored, how many of them for the right class."""
+    rows = []
+    for attack, title in TITLES.items():
+        members = [each for each in results.values() if each["attack"]["poison_type"] == attack]
+        members = [each for each in members if is_backdoored(each) is not None]
+        if members:
+            called = sum(each["backdoored"] for each in members)
+            right = str(sum(map(is_right, members))) if attack != "benign" else "-"
+            rows.append([title, str(len(members)), str(called), right])
+    return markdown(["attack", "networks", "called backdoored", "for the right class"], rows)
+
+
+def of_the_zoo(results: dict[str, Result], wanted: bool = True) -> dict[str, Result]:
+    """Return those of the zoo's networks, or the others."""
+    return {name: each for name, each in results.items() if (ZOO / name).is_dir() == wanted}
+
+
+TABLES: dict[str, Callable[[dict[str, Result]], str]] = {
+    "zoo": lambda results: networks_table(of_the_zoo(results)),
+    "others": lambda results: networks_table(of_the_zoo(results, wanted=False)),
+    "counts": counts_table,
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    collecting = commands.add_parser("collect", help="keep what a run found")
+    collecting.add_argument("folder", type=Path, help="of the run")
+    collecting.add_argument("output", type=Path, help="the result file")
+    commands.add_parser("table", help="print the tables")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Collect or print; returns the exit status."""
+    args = build_parser().parse_args(argv)
+    try:
+        if args.command == "collect":
+            content = as_json(collect(args.folder))
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(args.output, content)
+        else:
+            results = load()
+            print(*(table(results) for table in TABLES.values()), sep="\n")
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
