@@ -82,11 +82,15 @@ def networks_table(results: dict[str, Result]) -> str:
         for statistic, factor in (("margin", 1), ("noise", 100)):
             found = result["statistics"][statistic]
             largest = factor * found["values"][found["suspect"]]
-            cells.append(f"{found['suspect']}: {largest:.1f} ({found['p_value']:.2g})")
+            cells.append(f"{found['suspect']}: {largest:.1f} ({_small(found['p_value'])})")
         assignment = result["assignment"]
-        cells.append(f"{100 * assignment['ahead']:.2f} ({assignment['p_value']:.2g})")
-        rows.append([*cells, f"{result['p_value']:.2g}", suspected(result) or "-"])
+        cells.append(f"{100 * assignment['ahead']:.2f} ({_small(assignment['p_value'])})")
+        rows.append([*cells, _small(result["p_value"]), suspected(result) or "-"])
     return markdown(["network", "C-Acc / ASR", "margin", "noise, %", "assignment, %", "p", "suspected"], rows)
+
+
+def _small(p_value: float) -> str:
+    return "< 1e-6" if p_value < 1e-6 else f"{p_value:.2g}"
 
 
 def counts_table(results: dict[str, Result]) -> str:

@@ -13,15 +13,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.detection import suspected
+from benchmarks.detection import ZOO, suspected
 from benchmarks.tables import ROOT, finished_log, markdown
 from defenses.pruning import PAPER_THRESHOLD, largest_within_drop
 from utils.errors import InputError
 from utils.files import as_json, read_json, write_bytes
 
 RESULTS = ROOT / "results" / "trigger_free"
-# On the first three the rule's constants were fixed, on the others the detector's assignment was made.
-DEVELOPMENT = ("badnets-0", "badnets-1", "blend-0", "badnets-all-0", "iab-all-0")
+# Networks that were in view when the rule got its present form; those of the zoo were, too.
+IN_VIEW = ("badnets-t2-s101", "blend-t2-s111", "blend-t3-s105", "sig-t2-s107", "vgg-blend-t8-s124")
+GROUPS = ("not in view", "in view, zoo", "in view, others")
 TOLERANCE, ABOVE_BEST = 5.0, 1.0  # percent; an ASR that is low enough: up to the larger of 5 and 1 above the least
 COLUMNS = {
     "pruned": "pruned",
@@ -98,10 +99,10 @@ def repairs_table(results: dict[str, Result]) -> str:
 
 def summary_table(results: dict[str, Result]) -> str:
     """For each rule: how often the ASR stays too high, how high, and what not knowing it costs where it does not."""
-    swept = {name: result for name, result in results.items() if result["sweep"] and name not in DEVELOPMENT}
-    groups = {"zoo": [], "short training": []}
-    for name, result in swept.items():
-        groups["zoo" if (ROOT / "zoo" / name).is_dir() else "short training"].append(result)
+    groups = {group: [] for group in GROUPS}
+    for name, result in results.items():
+        if result["sweep"]:
+            groups[_group(name)].append(result)
     rows = []
     for title, members in groups.items():
         for rule in choices(members[0]) if members else ():
@@ -113,13 +114,18 @@ def summary_table(results: dict[str, Result]) -> str:
     return markdown(["networks", "choice", "ASR too high", "ASR left there: mean (most)", lost], rows)
 
 
+def _group(name: str) -> str:
+    unseen, zoo, others = GROUPS
+    return zoo if (ZOO / name).is_dir() else others if name in IN_VIEW else unseen
+
+
 def _mean_and_most(values: list[float]) -> str:
     return f"{fmean(values):.2f} ({max(values):.2f})" if values else "-"
 
 
 def load(folder: Path = RESULTS) -> dict[str, Result]:
-    """Return the results on file by network, the development's first; raises ``InputError`` for a damaged file."""
-    names = sorted((path.stem for path in folder.glob("*.json")), key=lambda name: (name not in DEVELOPMENT, name))
+    """Return the results on file by network; raises ``InputError`` for a damaged file."""
+    names = sorted(path.stem for path in folder.glob("*.json"))
     results = {}
     for name in names:
         results[name] = read_json(folder / f"{name}.json")

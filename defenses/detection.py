@@ -1,6 +1,6 @@
 """Is a network backdoored, and to which class? Told from the network and a few clean images, without the trigger.
 
-Two statistics of every class t. A class whose statistic is an outlier among the others' is suspected.
+Two statistics of every class t. A class whose statistics are outliers among the others' is suspected.
 
 The *margin* (Wang, Xiang, Miller & Kesidis, *MM-BD: Post-Training Detection of Backdoor Attacks with Arbitrary Backdoor
 Pattern Types Using a Maximum Margin Statistic*, IEEE S&P 2024): the largest z_t - max over other classes of z that
@@ -37,7 +37,8 @@ FEWEST = 4  # classes: what is an outlier among fewer?
 STEP = 2 / 3  # of a noise's ascent, as a share of eps
 MOMENTUM = 0.9  # of a margin's ascent
 TOGETHER = 2000  # images of 32x32 pixels in one pass
-ALL_TO_ALL_SHARE = 0.1  # of the level is the assignment's, where there is one; the other statistics have equal parts
+TINY = 1e-300  # a smaller tail counts as this
+ALL_TO_ALL_SHARE = 0.1  # of the level is the assignment's, where there is one
 
 
 @dataclass(frozen=True)
@@ -75,19 +76,32 @@ class Statistic:
 
     @classmethod
     def of(cls, values: Tensor) -> "Statistic":
-        """Compare the largest value with the others: a gamma distribution of their mean and variance (MM-BD, sec. 4).
-
-        Args:
-            values: float (K,), 0 or more.
-        """
-        values = values.double()
+        """Say how far the largest of some values, float (K,), 0 or more, stands out."""
         suspect = int(values.argmax())
-        others = torch.cat([values[:suspect], values[suspect + 1 :]])
-        mean, variance = others.mean(), others.var()
-        if variance <= 0:
-            return cls(values.tolist(), suspect, float(values[suspect] <= mean))
-        below = torch.special.gammainc(mean.square() / variance, values[suspect] * mean / variance)
-        return cls(values.tolist(), suspect, float(1 - below ** len(values)))
+        return cls(values.double().tolist(), suspect, _largest_of_many(float(tails(values)[suspect]), len(values)))
+
+
+def tails(values: Tensor) -> Tensor:
+    """Return how likely each value, or a larger one, is where no class is special: float64 (K,), 0..1.
+
+    It is compared with a gamma distribution that has mean and variance of the others (MM-BD, sec. 4).
+
+    Args:
+        values: float (K,), 0 or more.
+    """
+    values = values.detach().cpu().double()
+    others = (~torch.eye(len(values), dtype=torch.bool)).nonzero()[:, 1].view(len(values), -1)  # (K, K - 1)
+    mean, variance = values[others].mean(1), values[others].var(1)
+    alike = variance <= 0
+    variance = variance.masked_fill(alike, 1)
+    shape, scaled = mean.square() / variance, values * mean / variance
+    upper = torch.special.gammaincc(shape, scaled)
+    return torch.where(alike | (shape <= 0), (values <= mean).double(), upper)
+
+
+def _largest_of_many(tail: float, count: int) -> float:
+    """Return how likely one of so many values at least has such a tail."""
+    return 1.0 if tail >= 1 else -math.expm1(count * math.log1p(-tail))
 
 
 @dataclass(frozen=True)
@@ -97,7 +111,7 @@ class Detection:
     Attributes:
         statistics: by name; ``margin``, and ``noise`` where there are clean images.
         backdoored: the verdict.
-        suspect: the class whose statistic stands out most; None where the assignment stands out more.
+        suspect: the class that stands out most in all statistics; None where the assignment stands out more.
         p_value: of what stands out most, divided by its share of the level.
         assignment: of each class to another one; None where classes or clean images are not such as its reference has.
     """
@@ -110,12 +124,18 @@ class Detection:
 
     @classmethod
     def of(cls, statistics: dict[str, Statistic], level: float, assignment: Assignment | None = None) -> "Detection":
-        """Combine what was found; each has a share of the level (Bonferroni)."""
-        share = (1 - ALL_TO_ALL_SHARE if assignment else 1) / len(statistics)
-        found = [(statistic.p_value / share, statistic.suspect) for statistic in statistics.values()]
-        if assignment:
-            found.append((assignment.p_value / ALL_TO_ALL_SHARE, None))
-        p_value, suspect = min(found, key=lambda each: each[0])
+        """Combine what was found.
+
+        What the statistics say of a class is combined by Fisher's method (*Statistical Methods for Research Workers*,
+        1932, sec. 21.1). The class that stands out most is one of K; it and the assignment have a share of the level.
+        """
+        values = torch.tensor([each.values for each in statistics.values()], dtype=torch.float64)  # (S, K)
+        surprise = -torch.stack([tails(each) for each in values]).clamp_min(TINY).log().sum(0)  # (K,)
+        suspect = int(surprise.argmax())
+        tail = torch.special.gammaincc(torch.tensor(len(values), dtype=torch.float64), surprise[suspect])
+        p_value = _largest_of_many(float(tail), len(surprise)) / (1 - ALL_TO_ALL_SHARE if assignment else 1)
+        if assignment and assignment.p_value / ALL_TO_ALL_SHARE < p_value:
+            p_value, suspect = assignment.p_value / ALL_TO_ALL_SHARE, None
         return cls(statistics, p_value <= level, suspect, min(1.0, p_value), assignment)
 
     def as_dict(self) -> dict[str, Any]:

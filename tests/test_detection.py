@@ -21,6 +21,7 @@ from defenses.detection import (
     confusion,
     detect,
     margins,
+    tails,
     targeted_noise,
 )
 from tests.test_structure import ROOT
@@ -156,21 +157,47 @@ def test_classes_that_are_all_alike(numbers, p_value):
     assert Statistic.of(torch.tensor(numbers)).p_value == p_value
 
 
-def test_two_statistics_share_the_level():
-    low, high = Statistic([1.0, 2.0], 1, 0.03), Statistic([2.0, 1.0], 0, 0.6)
-    alone, both = Detection.of({"margin": low}, 0.05), Detection.of({"margin": high, "noise": low}, 0.05)
-    assert alone.backdoored and alone.p_value == 0.03
-    assert not both.backdoored and both.p_value == 0.06 and both.suspect == 1
+ORDINARY, HIGH = [2.0, 3.0, 4.0, 3.5, 2.5], [2.0, 9.0, 4.0, 3.5, 2.5]
+
+
+def found_in(*values, assignment=None, level=0.05):
+    statistics = {str(number): Statistic.of(torch.tensor(each)) for number, each in enumerate(values)}
+    return Detection.of(statistics, level, assignment)
+
+
+def test_statistics_are_combined_class_by_class():
+    """By Fisher's method, for the best of five classes; two that point to the same class say more than one."""
+    both = tails(torch.tensor([HIGH, ORDINARY])[0])[1], tails(torch.tensor(ORDINARY))[1]
+    fisher = stats.combine_pvalues([float(each) for each in both], method="fisher").pvalue
+    found = found_in(HIGH, ORDINARY)
+    assert found.suspect == 1 and found.p_value == pytest.approx(1 - (1 - fisher) ** 5)
+    elsewhere = [ORDINARY[0], *HIGH[2:], HIGH[1]]
+    assert found_in(HIGH, HIGH).p_value < found_in(HIGH).p_value < found_in(HIGH, elsewhere).p_value
+
+
+def test_one_statistic_is_left_as_it_is():
+    alone = Statistic.of(torch.tensor(HIGH))
+    found = found_in(HIGH)
+    assert found.suspect == 1 and found.p_value == pytest.approx(alone.p_value)
+    assert found.backdoored and not found_in(HIGH, level=0.9 * alone.p_value).backdoored
+
+
+def test_statistics_that_are_certain():
+    """Of two classes far out the one further out is suspected, however small the p-values."""
+    far = [*HIGH[:4], 9.1]
+    assert found_in(far, far).suspect == 4
+    alike = found_in([1.0, 1.0, 2.0, 1.0, 1.0], [1.0] * 5)
+    assert (alike.suspect, alike.backdoored) == (2, True) and alike.p_value < 1e-200
+    assert found_in([1.0] * 5, [0.0] * 5).p_value == 1
 
 
 def test_the_assignment_has_a_tenth_of_the_level():
-    nothing = Statistic([1.0, 2.0], 1, 0.6)
     low, high = (Assignment([1, 0], [0.1, 0.1], 0.05, p_value) for p_value in (0.004, 0.04))
-    found = Detection.of({"margin": nothing, "noise": nothing}, 0.05, low)
+    found = found_in(ORDINARY, ORDINARY, assignment=low)
     assert found.backdoored and found.suspect is None and found.p_value == pytest.approx(0.04)
-    found = Detection.of({"margin": nothing, "noise": Statistic([2.0, 1.0], 0, 0.018)}, 0.05, high)
-    assert found.backdoored and found.suspect == 0 and found.p_value == pytest.approx(0.04)
-    assert not Detection.of({"margin": nothing, "noise": nothing}, 0.05, high).backdoored
+    found = found_in(HIGH, HIGH, assignment=high)
+    assert found.suspect == 1 and found.p_value == pytest.approx(found_in(HIGH, HIGH).p_value / 0.9)
+    assert not found_in(ORDINARY, ORDINARY, assignment=high).backdoored
     assert found.as_dict()["assignment"] == {"targets": [1, 0], "flows": [0.1, 0.1], "ahead": 0.05, "p_value": 0.04}
 
 

@@ -32,6 +32,8 @@ def result(attack="badnets", asr=99.0, suspect=3, p_value=0.01, **more):
 def test_a_row_says_what_stands_out():
     lines = detection.networks_table({"x": result(), "y": result("benign", None, 2, 0.4)}).splitlines()
     assert lines[2] == "| `x` | 88.00 / 99.00 | 3: 0.5 (0.02) | 3: 50.0 (0.02) | 2.00 (0.3) | 0.01 | class 3 |"
+    small = detection.networks_table({"x": result(p_value=9e-7)}).splitlines()[2]
+    assert small == lines[2].replace("| 0.01 |", "| < 1e-6 |")
     assert lines[3] == "| `y` | 88.00 | 3: 0.5 (0.02) | 3: 50.0 (0.02) | 2.00 (0.3) | 0.4 | - |"
 
 
