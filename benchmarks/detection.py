@@ -19,6 +19,8 @@ from utils.files import as_json, read_json, write_bytes
 
 RESULTS, NETWORKS, ZOO = ROOT / "results" / "detection", ROOT / "results" / "networks", ROOT / "zoo"
 TAKEN = 50.0  # percent; with a lower ASR an attack has not taken hold, and its network counts as neither
+ZOO_GROUP, IN_VIEW, UNSEEN = "zoo (in view)", "others in view", "not in view"
+FIRST_UNSEEN = 130  # seed; networks with it or a later one were trained after detector and rule had their form
 FOUND = ("backdoored", "suspect", "p_value", "statistics", "assignment")  # what is kept of detection.json
 REMEMBERED = ("runtime", "seconds", "versions")  # kept, too; the oldest files lack it
 
@@ -48,8 +50,7 @@ def load(folder: Path = RESULTS) -> dict[str, Result]:
         found = read_json(path)
         if lacking := set(FOUND) - found.keys():
             raise InputError(f"{path}: no result, it lacks {', '.join(sorted(lacking))}; collect it anew")
-        own = ZOO / path.stem / "last_model.json"
-        card = read_json(own if own.exists() else NETWORKS / path.name)
+        card = card_of(path.stem)
         results[path.stem] = {**found, "attack": card["attack"], "metrics": card["metrics"]}
     return results
 
@@ -94,27 +95,48 @@ def _small(p_value: float) -> str:
 
 
 def counts_table(results: dict[str, Result]) -> str:
-    """One row for each attack: how many networks of it were called backdoored, how many of them for the right class."""
+    """One row for each attack: of how many networks how many were called backdoored, how many for the right class."""
     rows = []
     for attack, title in TITLES.items():
-        members = [each for each in results.values() if each["attack"]["poison_type"] == attack]
-        members = [each for each in members if is_backdoored(each) is not None]
-        if members:
-            called = sum(each["backdoored"] for each in members)
-            right = str(sum(map(is_right, members))) if attack != "benign" else "-"
-            rows.append([title, str(len(members)), str(called), right])
-    return markdown(["attack", "networks", "called backdoored", "for the right class"], rows)
+        cells = []
+        for group in (ZOO_GROUP, IN_VIEW, UNSEEN):
+            members = [each for name, each in results.items() if group_of(name) == group]
+            members = [each for each in members if each["attack"]["poison_type"] == attack]
+            members = [each for each in members if is_backdoored(each) is not None]
+            called, right = (sum(map(count, members)) for count in (_is_called, is_right))
+            of = "" if attack == "benign" else f", {right} right"
+            cells.append(f"{called} of {len(members)}{of}" if members else "-")
+        if any(cell != "-" for cell in cells):
+            rows.append([title, *cells])
+    return markdown(["attack", ZOO_GROUP, IN_VIEW, UNSEEN], rows)
 
 
-def of_the_zoo(results: dict[str, Result], wanted: bool = True) -> dict[str, Result]:
-    """Return those of the zoo's networks, or the others."""
-    return {name: each for name, each in results.items() if (ZOO / name).is_dir() == wanted}
+def _is_called(result: Result) -> bool:
+    return result["backdoored"]
+
+
+def card_of(name: str) -> Result:
+    """Return the card of a network; raises ``InputError`` where it has none."""
+    own = ZOO / name / "last_model.json"
+    return read_json(own if own.exists() else NETWORKS / f"{name}.json")
+
+
+def group_of(name: str) -> str:
+    """Return which group a network belongs to; raises ``InputError`` where it has no card."""
+    if (ZOO / name).is_dir():
+        return ZOO_GROUP
+    return IN_VIEW if card_of(name)["seed"] < FIRST_UNSEEN else UNSEEN
+
+
+def _rows_of(group: str) -> Callable[[dict[str, Result]], str]:
+    return lambda results: networks_table({name: each for name, each in results.items() if group_of(name) == group})
 
 
 TABLES: dict[str, Callable[[dict[str, Result]], str]] = {
-    "zoo": lambda results: networks_table(of_the_zoo(results)),
-    "others": lambda results: networks_table(of_the_zoo(results, wanted=False)),
     "counts": counts_table,
+    "zoo": _rows_of(ZOO_GROUP),
+    "in-view": _rows_of(IN_VIEW),
+    "unseen": _rows_of(UNSEEN),
 }
 
 

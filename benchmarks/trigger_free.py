@@ -13,16 +13,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.detection import ZOO, suspected
+from benchmarks.detection import IN_VIEW, UNSEEN, ZOO_GROUP, group_of, suspected
 from benchmarks.tables import ROOT, finished_log, markdown
 from defenses.pruning import PAPER_THRESHOLD, largest_within_drop
 from utils.errors import InputError
 from utils.files import as_json, read_json, write_bytes
 
 RESULTS = ROOT / "results" / "trigger_free"
-# Networks that were in view when the rule got its present form; those of the zoo were, too.
-IN_VIEW = ("badnets-t2-s101", "blend-t2-s111", "blend-t3-s105", "sig-t2-s107", "vgg-blend-t8-s124")
-GROUPS = ("not in view", "in view, zoo", "in view, others")
 TOLERANCE, ABOVE_BEST = 5.0, 1.0  # percent; an ASR that is low enough: up to the larger of 5 and 1 above the least
 COLUMNS = {
     "pruned": "pruned",
@@ -99,10 +96,10 @@ def repairs_table(results: dict[str, Result]) -> str:
 
 def summary_table(results: dict[str, Result]) -> str:
     """For each rule: how often the ASR stays too high, how high, and what not knowing it costs where it does not."""
-    groups = {group: [] for group in GROUPS}
+    groups = {UNSEEN: [], ZOO_GROUP: [], IN_VIEW: []}
     for name, result in results.items():
         if result["sweep"]:
-            groups[_group(name)].append(result)
+            groups[group_of(name)].append(result)
     rows = []
     for title, members in groups.items():
         for rule in choices(members[0]) if members else ():
@@ -112,11 +109,6 @@ def summary_table(results: dict[str, Result]) -> str:
             rows.append([title, rule, f"{len(left)} of {len(chosen)}", _mean_and_most(left), _mean_and_most(costs)])
     lost = "C-Acc lost against knowing it, where it is not: mean (most)"
     return markdown(["networks", "choice", "ASR too high", "ASR left there: mean (most)", lost], rows)
-
-
-def _group(name: str) -> str:
-    unseen, zoo, others = GROUPS
-    return zoo if (ZOO / name).is_dir() else others if name in IN_VIEW else unseen
 
 
 def _mean_and_most(values: list[float]) -> str:

@@ -40,19 +40,19 @@ def test_a_row_says_what_stands_out():
 def test_counts_of_each_attack():
     """A wrong class is called, but not right; where an attack has not taken hold its network is left out."""
     results = {
-        "found": result(),
-        "wrong class": result(suspect=1),
-        "missed": result(p_value=0.3),
-        "not taken hold": result(asr=49.9),
-        "all": result("badnets-all", suspect=None),
-        "all, a class": result("badnets-all", suspect=2),
-        "accused": result("benign", None),
-        "benign": result("benign", None, p_value=0.06),
+        "badnets-0": result(),
+        "badnets-1": result(suspect=1),
+        "badnets-2": result(p_value=0.3),
+        "badnets-all-0": result(asr=49.9),
+        "badnets-t2-s101": result("badnets-all", suspect=None),
+        "badnets-t3-s109": result("badnets-all", suspect=2),
+        "benign-s130": result("benign", None),
+        "benign-s131": result("benign", None, p_value=0.06),
     }
     assert detection.counts_table(results).splitlines()[2:] == [
-        "| BadNets | 3 | 2 | 1 |",
-        "| BadNets, all-to-all | 2 | 2 | 1 |",
-        "| benign (no backdoor) | 2 | 1 | - |",
+        "| BadNets | 2 of 3, 1 right | - | - |",
+        "| BadNets, all-to-all | - | 2 of 2, 1 right | - |",
+        "| benign (no backdoor) | - | - | 1 of 2 |",
     ]
 
 

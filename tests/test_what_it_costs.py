@@ -50,20 +50,20 @@ def test_choices_that_know_no_asr():
 
 def one_of(alone):
     """What the summary says of every other rule for one network."""
-    return trigger_free.summary_table({"a": alone}).splitlines()[3:]
+    return trigger_free.summary_table({"badnets-t4-s145": alone}).splitlines()[3:]
 
 
 def test_too_high_an_asr_is_marked_and_costs_nothing():
-    results = {"a": result(), "b": result(after=(7, 85.0, 4.0))}
+    results = {"badnets-t4-s145": result(), "blend-t9-s144": result(after=(7, 85.0, 4.0))}
     lines = trigger_free.summary_table(results).splitlines()
     assert lines[2] == "| not in view | without trigger | 1 of 2 | 6.50 (6.50) | 1.00 (1.00) |"
     seen = {**results, "sig-0": result(after=(7, 86.0, 4.0)), "blend-t3-s105": result(after=(7, 86.0, 7.0))}
     assert trigger_free.summary_table(seen).splitlines()[2:] == [
         *lines[2:],
-        "| in view, zoo | without trigger | 0 of 1 | - | 0.00 (0.00) |",
-        *(line.replace("not in view", "in view, zoo") for line in one_of(result())),
-        "| in view, others | without trigger | 1 of 1 | 7.00 (7.00) | - |",
-        *(line.replace("not in view", "in view, others") for line in one_of(result())),
+        "| zoo (in view) | without trigger | 0 of 1 | - | 0.00 (0.00) |",
+        *(line.replace("not in view", "zoo (in view)") for line in one_of(result())),
+        "| others in view | without trigger | 1 of 1 | 7.00 (7.00) | - |",
+        *(line.replace("not in view", "others in view") for line in one_of(result())),
     ]
     assert "| 82.00 / 6.50 * | 86.00 / 5.00 |" in trigger_free.repairs_table(results).splitlines()[2]
 
@@ -113,4 +113,3 @@ def test_the_page_shows_what_is_on_file(capsys):
     printed = capsys.readouterr().out
     for table in (trigger_free.repairs_table, trigger_free.summary_table):
         assert table(results) in text and table(results) in printed
-    assert set(trigger_free.IN_VIEW) <= set(results)
