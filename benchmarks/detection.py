@@ -20,7 +20,8 @@ from utils.files import as_json, read_json, write_bytes
 RESULTS, NETWORKS, ZOO = ROOT / "results" / "detection", ROOT / "results" / "networks", ROOT / "zoo"
 TAKEN = 50.0  # percent; with a lower ASR an attack has not taken hold, and its network counts as neither
 ZOO_GROUP, IN_VIEW, UNSEEN = "zoo (in view)", "others in view", "not in view"
-FIRST_UNSEEN = 130  # seed; networks with it or a later one were trained after detector and rule had their form
+FIRST_UNSEEN = 130  # seed; of networks with it or a later one nothing went into detector or rule, but for one:
+SUGGESTED = "blend-t9-s144"  # what it looked like before suggested how the detector combines its statistics
 FOUND = ("backdoored", "suspect", "p_value", "statistics", "assignment")  # what is kept of detection.json
 REMEMBERED = ("runtime", "seconds", "versions")  # kept, too; the oldest files lack it
 
@@ -70,7 +71,11 @@ def is_backdoored(result: Result) -> bool | None:
 
 def is_right(result: Result) -> bool:
     """Return whether a backdoored network was called so, for its class or, all-to-all, for no single one."""
-    return result["backdoored"] and result["suspect"] == result["attack"].get("poison_target")
+    return (
+        bool(is_backdoored(result))
+        and result["backdoored"]
+        and result["suspect"] == result["attack"].get("poison_target")
+    )
 
 
 def networks_table(results: dict[str, Result]) -> str:
@@ -85,7 +90,7 @@ def networks_table(results: dict[str, Result]) -> str:
             largest = factor * found["values"][found["suspect"]]
             cells.append(f"{found['suspect']}: {largest:.1f} ({_small(found['p_value'])})")
         assignment = result["assignment"]
-        cells.append(f"{100 * assignment['ahead']:.2f} ({_small(assignment['p_value'])})")
+        cells.append(f"{100 * assignment['ahead']:.2f} ({_small(assignment['p_value'])})" if assignment else "-")
         rows.append([*cells, _small(result["p_value"]), suspected(result) or "-"])
     return markdown(["network", "C-Acc / ASR", "margin", "noise, %", "assignment, %", "p", "suspected"], rows)
 
@@ -125,7 +130,7 @@ def group_of(name: str) -> str:
     """Return which group a network belongs to; raises ``InputError`` where it has no card."""
     if (ZOO / name).is_dir():
         return ZOO_GROUP
-    return IN_VIEW if card_of(name)["seed"] < FIRST_UNSEEN else UNSEEN
+    return IN_VIEW if name == SUGGESTED or card_of(name)["seed"] < FIRST_UNSEEN else UNSEEN
 
 
 def _rows_of(group: str) -> Callable[[dict[str, Result]], str]:

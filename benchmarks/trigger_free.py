@@ -84,12 +84,11 @@ def repairs_table(results: dict[str, Result]) -> str:
     """One row for each backdoored network of which there is a sweep."""
     rows = []
     for name, result in results.items():
-        if result["sweep"]:
-            stop, found = result["stop"], result["detection"]
-            said = suspected(found) or "none"
-            abstained = " (abstained)" if stop and stop["abstained"] else ""
-            cells = [_judged(row, result) for row in choices(result).values()]
-            rows.append([f"`{name}`", said + abstained, _pair(result["sweep"][0]), *cells, _pair(oracle(result))])
+        stop, found = result["stop"], result["detection"]
+        said = suspected(found) or "none"
+        abstained = " (abstained)" if stop and stop["abstained"] else ""
+        cells = [_judged(row, result) for row in choices(result).values()]
+        rows.append([f"`{name}`", said + abstained, _pair(result["sweep"][0]), *cells, _pair(oracle(result))])
     rules = ["without trigger", f"threshold {PAPER_THRESHOLD:g}", *(f"{drop} points" for drop in BUDGETS)]
     return markdown(["network", "suspected", "before", *rules, "knows the ASR"], rows)
 
@@ -98,8 +97,7 @@ def summary_table(results: dict[str, Result]) -> str:
     """For each rule: how often the ASR stays too high, how high, and what not knowing it costs where it does not."""
     groups = {UNSEEN: [], ZOO_GROUP: [], IN_VIEW: []}
     for name, result in results.items():
-        if result["sweep"]:
-            groups[group_of(name)].append(result)
+        groups[group_of(name)].append(result)
     rows = []
     for title, members in groups.items():
         for rule in choices(members[0]) if members else ():

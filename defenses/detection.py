@@ -92,11 +92,11 @@ def tails(values: Tensor) -> Tensor:
     values = values.detach().cpu().double()
     others = (~torch.eye(len(values), dtype=torch.bool)).nonzero()[:, 1].view(len(values), -1)  # (K, K - 1)
     mean, variance = values[others].mean(1), values[others].var(1)
-    alike = variance <= 0
+    alike = variance <= (1e-9 * mean).square()  # but for rounding
     variance = variance.masked_fill(alike, 1)
     shape, scaled = mean.square() / variance, values * mean / variance
     upper = torch.special.gammaincc(shape, scaled)
-    return torch.where(alike | (shape <= 0), (values <= mean).double(), upper)
+    return torch.where(alike | (shape <= 0), (values <= mean * (1 + 1e-9)).double(), upper)
 
 
 def _largest_of_many(tail: float, count: int) -> float:

@@ -81,8 +81,8 @@ class ChoiceConfig(Config):
     )
     trigger_free: bool = setting(
         False,
-        "operating point: none where no backdoor is found; else where a patch that stands in for the trigger has lost "
-        "its force (docs/trigger_free.md)",
+        "operating point: none where no backdoor is found; else at least the paper's threshold, and further until a "
+        "patch that stands in for the trigger has lost its force (docs/trigger_free.md)",
     )
 
     def __post_init__(self):

@@ -1,4 +1,4 @@
-"""How much to prune where nobody knows the trigger: until a patch that stands in for it has lost its force.
+"""How much to prune where nobody knows the trigger: at least until a patch that stands in for it has lost its force.
 
 The detector names a class under suspicion. A patch of bounded size is learnt that sends images to that class in the
 untouched network, but not in one pruned as far as its accuracy allows: so it uses what pruning can remove, as the
@@ -42,7 +42,7 @@ class TriggerFreeConfig(PatchConfig):
     patches: int = setting(2, "patches, each from another start; the strongest counts", Range(1, 1000))
     patch_left: float = setting(
         0.16,
-        "stop where the patches move at most this share of the images of other classes",
+        "stop, at the paper's threshold or beyond, where the patches move at most this share of other classes' images",
         Range(0, LEARNT, open_high=True),
     )
     accuracy_cap: float = setting(
@@ -123,8 +123,9 @@ class TriggerFree:
             f"{100 * self.stop.learnt:.0f} % before"
         )
         if not self.stop.abstained:
-            return choice_of(neurons, self.stop.count, moved)
-        ended = self.stop.count >= max(grid(len(neurons)))
+            fixed = self.stop.count == threshold_point(neurons, PAPER_THRESHOLD).count
+            return choice_of(neurons, self.stop.count, f"the paper's threshold; {moved}" if fixed else moved)
+        ended = self.stop.count == points_of(neurons)[-1]
         beyond = "it works wherever the search went"
         if self.stop.beyond:
             accuracy = f"{100 * self.stop.beyond.accuracy:.1f} % on the defender's images"
@@ -151,7 +152,7 @@ class TriggerFree:
 
 
 def grid(neurons: int) -> Iterator[int]:
-    """Yield the counts of the search's first pass: 0, then a geometric grid."""
+    """Yield 0, then a geometric grid of counts."""
     yield 0
     share, before = FIRST, 0
     while share <= LAST:
@@ -160,6 +161,11 @@ def grid(neurons: int) -> Iterator[int]:
             yield count
             before = count
         share *= GROWTH
+
+
+def points_of(neurons: list[Neuron]) -> list[int]:
+    """Return the counts at which the search looks, rising from 0: the grid, and the paper's threshold."""
+    return sorted({*grid(len(neurons)), threshold_point(neurons, PAPER_THRESHOLD).count})
 
 
 def within(accuracy: Callable[[int], float], points: list[int], cap: float) -> list[int]:
@@ -284,7 +290,7 @@ def stop_of(
         return judge.accuracy(pruned_copy(network, neurons[:count]), precision)
 
     paper = threshold_point(neurons, PAPER_THRESHOLD).count
-    points = sorted({*grid(len(neurons)), paper})
+    points = points_of(neurons)
     counts = within(accuracy, points, config.accuracy_cap / 100)
     if suspect is None:
         return Stop(None, True, None, [Row(count, None, accuracy(count)) for count in counts])

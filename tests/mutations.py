@@ -103,7 +103,7 @@ MUTATIONS = [
         ),
         (
             "trigger-free: the paper's threshold is no point",
-            "sorted({*grid(len(neurons)), paper})",
+            "sorted({*grid(len(neurons)), threshold_point(neurons, PAPER_THRESHOLD).count})",
             "list(grid(len(neurons)))",
             "test_trigger_free.py -k at_least",
         ),

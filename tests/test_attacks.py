@@ -374,7 +374,7 @@ def test_pgd_stays_in_its_ball_and_raises_the_loss(images, network):
 
 def test_pgd_step_by_step(images, network):
     """One step is truncate(x + step_size * sign(gradient)), clipped, with the gradient of autograd on the pixels."""
-    folded = inference_copy(network, FP32)
+    folded = inference_copy(network, FP32).requires_grad_(False)
     clean = images[torch.arange(8)]
     x = clean.images.permute(0, 3, 1, 2).float().requires_grad_()
     nn.functional.cross_entropy(folded((x / 255 - 0.5) / 0.25), clean.labels).backward()

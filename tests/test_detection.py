@@ -165,6 +165,10 @@ def found_in(*values, assignment=None, level=0.05):
     return Detection.of(statistics, level, assignment)
 
 
+def test_values_that_differ_by_rounding_alone_are_alike():
+    assert tails(torch.full((10,), 0.1, dtype=torch.float64)).tolist() == [1.0] * 10
+
+
 def test_statistics_are_combined_class_by_class():
     """By Fisher's method, for the best of five classes; two that point to the same class say more than one."""
     both = tails(torch.tensor([HIGH, ORDINARY])[0])[1], tails(torch.tensor(ORDINARY))[1]

@@ -32,6 +32,8 @@ def result(attack="badnets", asr=99.0, suspect=3, p_value=0.01, **more):
 def test_a_row_says_what_stands_out():
     lines = detection.networks_table({"x": result(), "y": result("benign", None, 2, 0.4)}).splitlines()
     assert lines[2] == "| `x` | 88.00 / 99.00 | 3: 0.5 (0.02) | 3: 50.0 (0.02) | 2.00 (0.3) | 0.01 | class 3 |"
+    none = detection.networks_table({"x": result(assignment=None)}).splitlines()[2]
+    assert none == lines[2].replace("2.00 (0.3)", "-")
     small = detection.networks_table({"x": result(p_value=9e-7)}).splitlines()[2]
     assert small == lines[2].replace("| 0.01 |", "| < 1e-6 |")
     assert lines[3] == "| `y` | 88.00 | 3: 0.5 (0.02) | 3: 50.0 (0.02) | 2.00 (0.3) | 0.4 | - |"
@@ -48,9 +50,11 @@ def test_counts_of_each_attack():
         "badnets-t3-s109": result("badnets-all", suspect=2),
         "benign-s130": result("benign", None),
         "benign-s131": result("benign", None, p_value=0.06),
+        "blend-t9-s144": result("blend", suspect=None),  # whose looks suggested the combination
     }
     assert detection.counts_table(results).splitlines()[2:] == [
         "| BadNets | 2 of 3, 1 right | - | - |",
+        "| Blend | - | 1 of 1, 1 right | - |",
         "| BadNets, all-to-all | - | 2 of 2, 1 right | - |",
         "| benign (no backdoor) | - | - | 1 of 2 |",
     ]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import figures, same_place, speed, tables, trigger_free
+from benchmarks import detection, figures, same_place, speed, tables, trigger_free
 from tables import __main__ as whole_tables
 
 ROOT = Path(__file__).parents[1]
@@ -22,6 +22,7 @@ PROGRAMS = {f"{name}.py": importlib.import_module(name) for name in SCRIPTS} | {
     "benchmarks.same_place": same_place,
     "benchmarks.tables": tables,
     "benchmarks.figures": figures,
+    "benchmarks.detection": detection,
     "benchmarks.trigger_free": trigger_free,
     "tables": whole_tables,
 }

@@ -12,7 +12,17 @@ from defenses.defense import CleanImages
 from defenses.detection import Detection
 from defenses.patches import PatchConfig, Patches, learn_patches, logits_of_pixels, pixels_of
 from defenses.pruning import ChoiceConfig, choose
-from defenses.trigger_free import TriggerFree, TriggerFreeConfig, choose_trigger_free, grid, search, stop_of, within
+from defenses.trigger_free import (
+    Row,
+    Stop,
+    TriggerFree,
+    TriggerFreeConfig,
+    choose_trigger_free,
+    grid,
+    search,
+    stop_of,
+    within,
+)
 from models.neurons import Neuron
 from utils.errors import InputError
 
@@ -223,6 +233,14 @@ def test_what_it_would_cost_to_go_beyond_the_cap(monkeypatch):
     assert stop.beyond is None and found.reason.endswith("; it works wherever the search went")
 
 
+def test_the_cap_ends_the_search_at_the_last_point_of_the_grid():
+    """The paper's threshold is beyond it, and beyond the cap: it is the cap that is named."""
+    stop = Stop(4, True, 1.0, [Row(4, 0.9, 0.9)], Row(6, 0.0, 0.5))
+    found = TriggerFree(Detection({}, True, TARGET, 0.01), stop, TriggerFreeConfig())
+    assert found.choice(neurons_of(papers=6)).reason.startswith("abstained at the accuracy cap: ")
+    assert found.choice(neurons_of(papers=1)).reason.startswith("abstained where the search ends: ")
+
+
 def test_the_strongest_patch_counts(monkeypatch):
     """Some starts find nothing."""
     from defenses import trigger_free as module
@@ -277,7 +295,9 @@ def test_the_choice_in_words(verdict):
     found = choose_trigger_free(network, neurons_of(), CLASSES, PLAIN, clean_images(), None, config)
     choice = found.choice(neurons_of())
     assert choice.point.count == 1 and choice.words == "prune the 1 neurons of smallest mask, up to 0.2"
-    assert choice.reason.startswith("the patch for class 3 moves 0 % of other classes' images there, ")
+    assert choice.reason.startswith(
+        "the paper's threshold; the patch for class 3 moves 0 % of other classes' images there, "
+    )
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert json.loads(json.dumps(found.as_dict()))["stop"]["count"] == 1
 

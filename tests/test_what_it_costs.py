@@ -54,7 +54,7 @@ def one_of(alone):
 
 
 def test_too_high_an_asr_is_marked_and_costs_nothing():
-    results = {"badnets-t4-s145": result(), "blend-t9-s144": result(after=(7, 85.0, 4.0))}
+    results = {"badnets-t4-s145": result(), "benign-s130": result(after=(7, 85.0, 4.0))}
     lines = trigger_free.summary_table(results).splitlines()
     assert lines[2] == "| not in view | without trigger | 1 of 2 | 6.50 (6.50) | 1.00 (1.00) |"
     seen = {**results, "sig-0": result(after=(7, 86.0, 4.0)), "blend-t3-s105": result(after=(7, 86.0, 7.0))}
@@ -66,17 +66,6 @@ def test_too_high_an_asr_is_marked_and_costs_nothing():
         *(line.replace("not in view", "others in view") for line in one_of(result())),
     ]
     assert "| 82.00 / 6.50 * | 86.00 / 5.00 |" in trigger_free.repairs_table(results).splitlines()[2]
-
-
-def test_a_network_that_was_only_looked_at():
-    benign = {
-        "detection": {"backdoored": False, "suspect": 1, "p_value": 0.4},
-        "sweep": [],
-        "after": None,
-        "stop": None,
-    }
-    results = {"x": {**benign, "attack": {"poison_type": "benign"}}}
-    assert len(trigger_free.repairs_table(results).splitlines()) == 2
 
 
 def test_what_a_run_of_step_3_found_is_kept(trained, tmp_path):
