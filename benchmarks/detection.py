@@ -9,13 +9,12 @@ Print the tables:
 
 import argparse
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+from benchmarks.kept import Result, Tables, keep_or_show, keeping_parser, read_kept
 from benchmarks.tables import ROOT, TITLES, markdown
 from utils.errors import InputError
-from utils.files import as_json, read_json, write_bytes
+from utils.files import read_json
 
 RESULTS, NETWORKS, ZOO = ROOT / "results" / "detection", ROOT / "results" / "networks", ROOT / "zoo"
 TAKEN = 50.0  # percent; with a lower ASR an attack has not taken hold, and its network counts as neither
@@ -24,8 +23,6 @@ FIRST_UNSEEN = 130  # seed; of networks with it or a later one nothing went into
 SUGGESTED = "blend-t9-s144"  # what it looked like before suggested how the detector combines its statistics
 FOUND = ("backdoored", "suspect", "p_value", "statistics", "assignment")  # what is kept of detection.json
 REMEMBERED = ("runtime", "seconds", "versions")  # kept, too; the oldest files lack it
-
-Result = dict[str, Any]
 
 
 def collect(folder: Path) -> Result:
@@ -46,13 +43,10 @@ def load(folder: Path = RESULTS) -> dict[str, Result]:
     Raises:
         InputError: a file is damaged, or a network has no card.
     """
-    results = {}
-    for path in sorted(folder.glob("*.json")):
-        found = read_json(path)
-        if lacking := set(FOUND) - found.keys():
-            raise InputError(f"{path}: no result, it lacks {', '.join(sorted(lacking))}; collect it anew")
-        card = card_of(path.stem)
-        results[path.stem] = {**found, "attack": card["attack"], "metrics": card["metrics"]}
+    results = read_kept(folder, set(FOUND))
+    for name, result in results.items():
+        card = card_of(name)
+        result.update(attack=card["attack"], metrics=card["metrics"])
     return results
 
 
@@ -101,23 +95,18 @@ def _small(p_value: float) -> str:
 
 def counts_table(results: dict[str, Result]) -> str:
     """One row for each attack: of how many networks how many were called backdoored, how many for the right class."""
-    rows = []
+    rows, groups = [], by_group(results)
     for attack, title in TITLES.items():
         cells = []
-        for group in (ZOO_GROUP, IN_VIEW, UNSEEN):
-            members = [each for name, each in results.items() if group_of(name) == group]
-            members = [each for each in members if each["attack"]["poison_type"] == attack]
+        for group in groups.values():
+            members = [each for each in group.values() if each["attack"]["poison_type"] == attack]
             members = [each for each in members if is_backdoored(each) is not None]
-            called, right = (sum(map(count, members)) for count in (_is_called, is_right))
+            called, right = sum(each["backdoored"] for each in members), sum(map(is_right, members))
             of = "" if attack == "benign" else f", {right} right"
             cells.append(f"{called} of {len(members)}{of}" if members else "-")
         if any(cell != "-" for cell in cells):
             rows.append([title, *cells])
-    return markdown(["attack", ZOO_GROUP, IN_VIEW, UNSEEN], rows)
-
-
-def _is_called(result: Result) -> bool:
-    return result["backdoored"]
+    return markdown(["attack", *groups], rows)
 
 
 def card_of(name: str) -> Result:
@@ -126,51 +115,35 @@ def card_of(name: str) -> Result:
     return read_json(own if own.exists() else NETWORKS / f"{name}.json")
 
 
-def group_of(name: str) -> str:
-    """Return which group a network belongs to; raises ``InputError`` where it has no card."""
-    if (ZOO / name).is_dir():
-        return ZOO_GROUP
-    return IN_VIEW if name == SUGGESTED or card_of(name)["seed"] < FIRST_UNSEEN else UNSEEN
+def by_group(results: dict[str, Result]) -> dict[str, dict[str, Result]]:
+    """Sort networks by what was in view when detector and rule got their form.
+
+    Raises:
+        InputError: a network has no card.
+    """
+    groups = {ZOO_GROUP: {}, IN_VIEW: {}, UNSEEN: {}}
+    for name, result in results.items():
+        seen = name == SUGGESTED or card_of(name)["seed"] < FIRST_UNSEEN
+        groups[ZOO_GROUP if (ZOO / name).is_dir() else IN_VIEW if seen else UNSEEN][name] = result
+    return groups
 
 
-def _rows_of(group: str) -> Callable[[dict[str, Result]], str]:
-    return lambda results: networks_table({name: each for name, each in results.items() if group_of(name) == group})
-
-
-TABLES: dict[str, Callable[[dict[str, Result]], str]] = {
+TABLES: Tables = {
     "counts": counts_table,
-    "zoo": _rows_of(ZOO_GROUP),
-    "in-view": _rows_of(IN_VIEW),
-    "unseen": _rows_of(UNSEEN),
+    "zoo": lambda results: networks_table(by_group(results)[ZOO_GROUP]),
+    "in-view": lambda results: networks_table(by_group(results)[IN_VIEW]),
+    "unseen": lambda results: networks_table(by_group(results)[UNSEEN]),
 }
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    collecting = commands.add_parser("collect", help="keep what a run found")
-    collecting.add_argument("folder", type=Path, help="of the run")
-    collecting.add_argument("output", type=Path, help="the result file")
-    commands.add_parser("table", help="print the tables")
-    return parser
+    return keeping_parser(__doc__)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Collect or print; returns the exit status."""
-    args = build_parser().parse_args(argv)
-    try:
-        if args.command == "collect":
-            content = as_json(collect(args.folder))
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            write_bytes(args.output, content)
-        else:
-            results = load()
-            print(*(table(results) for table in TABLES.values()), sep="\n")
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return keep_or_show(build_parser().parse_args(argv), collect, load, TABLES)
 
 
 if __name__ == "__main__":

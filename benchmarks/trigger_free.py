@@ -11,13 +11,13 @@ import argparse
 import sys
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
-from benchmarks.detection import IN_VIEW, UNSEEN, ZOO_GROUP, group_of, suspected
+from benchmarks.detection import IN_VIEW, UNSEEN, ZOO_GROUP, by_group, suspected
+from benchmarks.kept import Result, Tables, keep_or_show, keeping_parser, read_kept
 from benchmarks.tables import ROOT, finished_log, markdown
 from defenses.pruning import PAPER_THRESHOLD, largest_within_drop
 from utils.errors import InputError
-from utils.files import as_json, read_json, write_bytes
+from utils.files import read_json
 
 RESULTS = ROOT / "results" / "trigger_free"
 TOLERANCE, ABOVE_BEST = 5.0, 1.0  # percent; an ASR that is low enough: up to the larger of 5 and 1 above the least
@@ -29,8 +29,6 @@ COLUMNS = {
     "ASR": "ASR %",
 }
 BUDGETS = (1, 2, 3)  # points of the defender's accuracy
-
-Result = dict[str, Any]
 
 
 def collect(folder: Path) -> Result:
@@ -81,7 +79,7 @@ def _judged(row: Result, result: Result) -> str:
 
 
 def repairs_table(results: dict[str, Result]) -> str:
-    """One row for each backdoored network of which there is a sweep."""
+    """One row for each network."""
     rows = []
     for name, result in results.items():
         stop, found = result["stop"], result["detection"]
@@ -95,11 +93,9 @@ def repairs_table(results: dict[str, Result]) -> str:
 
 def summary_table(results: dict[str, Result]) -> str:
     """For each rule: how often the ASR stays too high, how high, and what not knowing it costs where it does not."""
-    groups = {UNSEEN: [], ZOO_GROUP: [], IN_VIEW: []}
-    for name, result in results.items():
-        groups[group_of(name)].append(result)
-    rows = []
-    for title, members in groups.items():
+    groups, rows = by_group(results), []
+    for title in (UNSEEN, ZOO_GROUP, IN_VIEW):
+        members = list(groups[title].values())
         for rule in choices(members[0]) if members else ():
             chosen = [(choices(result)[rule], result) for result in members]
             costs = [oracle(each)["C-Acc"] - row["C-Acc"] for row, each in chosen if row["ASR"] <= tolerated(each)]
@@ -113,43 +109,22 @@ def _mean_and_most(values: list[float]) -> str:
     return f"{fmean(values):.2f} ({max(values):.2f})" if values else "-"
 
 
+TABLES: Tables = {"repairs": repairs_table, "summary": summary_table}
+
+
 def load(folder: Path = RESULTS) -> dict[str, Result]:
     """Return the results on file by network; raises ``InputError`` for a damaged file."""
-    names = sorted(path.stem for path in folder.glob("*.json"))
-    results = {}
-    for name in names:
-        results[name] = read_json(folder / f"{name}.json")
-        if lacking := {"detection", "stop", "sweep", "after", "attack"} - results[name].keys():
-            raise InputError(f"{folder / name}.json: no result, it lacks {', '.join(sorted(lacking))}; collect it anew")
-    return results
+    return read_kept(folder, {"detection", "stop", "sweep", "after", "attack"})
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    collecting = commands.add_parser("collect", help="keep what a run found")
-    collecting.add_argument("folder", type=Path, help="of the run")
-    collecting.add_argument("output", type=Path, help="the result file")
-    commands.add_parser("table", help="print the tables")
-    return parser
+    return keeping_parser(__doc__)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Collect or print; returns the exit status."""
-    args = build_parser().parse_args(argv)
-    try:
-        if args.command == "collect":
-            content = as_json(collect(args.folder))
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            write_bytes(args.output, content)
-        else:
-            results = load()
-            print(repairs_table(results), summary_table(results), sep="\n")
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return keep_or_show(build_parser().parse_args(argv), collect, load, TABLES)
 
 
 if __name__ == "__main__":
